@@ -1,0 +1,1 @@
+"""Linux machines that feel like an extension of your own computer."""

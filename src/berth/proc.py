@@ -1,0 +1,123 @@
+"""The one door to other programs: `run` and `spawn`. Only importer of `subprocess`; layer 1.
+
+argv is a list, never a shell's text; stdin is /dev/null unless said; the environment is an allow-list; every wait ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from berth.errors import CommandError, DeadlineError, UnsupportedError
+from berth.log import log
+
+_KEPT = (
+    "HOME", "USER", "LOGNAME", "PATH", "TMPDIR", "XDG_RUNTIME_DIR", "XDG_DATA_HOME", "XDG_CACHE_HOME",
+    "XDG_CONFIG_HOME", "DBUS_SESSION_BUS_ADDRESS", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
+    "SSL_CERT_FILE", "SSL_CERT_DIR",
+)  # fmt: skip
+_TAIL = 8192  # bytes of stderr that an error keeps
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Completed:
+    """What a program left: its status (negative: the signal), stdout, stderr."""
+
+    status: int
+    stdout: bytes
+    stderr: bytes
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Build a program's environment: an allow-list of ours, LC_ALL=C.UTF-8, the sbin folders on PATH, then `extra`."""
+    env = {key: os.environ[key] for key in _KEPT if key in os.environ}
+    path = env.get("PATH", "/usr/local/bin:/usr/bin:/bin").split(":")
+    # An ordinary user's PATH on Debian lacks sbin, where ip, nft and mke2fs live.
+    path += [folder for folder in ("/usr/local/sbin", "/usr/sbin", "/sbin") if folder not in path]
+    return {**env, "PATH": ":".join(path), "LC_ALL": "C.UTF-8", **(extra or {})}
+
+
+def find_program(name: str) -> Path | None:
+    """Find a program on the path that `run` uses; None when it is not installed."""
+    found = shutil.which(name, path=environment()["PATH"])
+    return Path(found) if found else None
+
+
+def require_program(name: str, *, package: str) -> Path:
+    """Find a program or raise UnsupportedError, which names the package that has it."""
+    found = find_program(name)
+    if found is None:
+        raise UnsupportedError(f"{name} is not installed", hint=f"sudo apt-get install {package}")
+    return found
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    timeout_s: float = 60.0,
+    input: bytes | None = None,
+    stdin: int | IO[bytes] | None = None,
+    stdout: int | IO[bytes] | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    pass_fds: Sequence[int] = (),
+    success: Sequence[int] = (0,),
+) -> Completed:
+    """Run a program to its end.
+
+    env: added to `environment()`. stdout: where it goes instead of into the result.
+    Raises CommandError for a status not in `success`, DeadlineError after `timeout_s`, UnsupportedError if absent.
+    """
+    log.debug("run: %s", shlex.join(argv))
+    stdin = subprocess.PIPE if input is not None else stdin
+    stdout = subprocess.PIPE if stdout is None else stdout
+    with spawn(
+        argv, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, env=env, cwd=cwd, pass_fds=pass_fds
+    ) as process:
+        try:
+            out, err = process.communicate(input, timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise DeadlineError(f"{argv[0]} did not finish within {timeout_s:g} s") from None
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if process.returncode not in success:
+        raise CommandError(tuple(argv), process.returncode, (err or b"")[-_TAIL:].decode(errors="replace"))
+    return Completed(process.returncode, out or b"", err or b"")
+
+
+def spawn(
+    argv: Sequence[str],
+    *,
+    stdin: int | IO[bytes] | None = None,
+    stdout: int | IO[bytes] | None = None,
+    stderr: int | IO[bytes] | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    pass_fds: Sequence[int] = (),
+    new_session: bool = False,
+) -> subprocess.Popen[bytes]:
+    """Start a program; the caller owns the process. Unsaid standard files are /dev/null.
+
+    new_session: it is to outlive us (a sidecar): own session, no terminal.
+    """
+    log.debug("spawn: %s", shlex.join(argv))
+    try:
+        return subprocess.Popen(
+            list(argv),
+            stdin=subprocess.DEVNULL if stdin is None else stdin,
+            stdout=subprocess.DEVNULL if stdout is None else stdout,
+            stderr=subprocess.DEVNULL if stderr is None else stderr,
+            env=environment(env), cwd=cwd, pass_fds=pass_fds, start_new_session=new_session,
+        )  # fmt: skip
+    except FileNotFoundError as error:
+        raise UnsupportedError(f"{argv[0]} is not installed") from error
