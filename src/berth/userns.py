@@ -1,0 +1,251 @@
+"""User namespaces: which ids map where, and how our code gets into one. Layer 1; used by the engines, net, images.
+
+For an ordinary user the map keeps the user's own id and fills the rest from /etc/subuid (newuidmap writes it);
+for root every id is shifted to a range that belongs to nobody on the host.
+The code that runs inside is `berth.inside`, started as a fresh process: no fork of a caller that may have threads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, NamedTuple, cast
+
+from berth import errors
+from berth.errors import BerthError, CommandError, UnsupportedError
+from berth.log import log
+from berth.proc import require_program, run, spawn
+
+# Beyond the ranges of useradd (subuid) and of systemd-nspawn (524288 to 1879048191), below 2^31.
+ROOT_BASE = 0x7148_0000
+SIZE = 65536
+_START_S = 20.0
+
+
+class Extent(NamedTuple):
+    """`size` ids from `inside` on are the ids from `outside` on."""
+
+    inside: int
+    outside: int
+    size: int
+
+
+class IdMap(NamedTuple):
+    """The id maps of a user namespace. Source: user_namespaces(7)."""
+
+    uids: tuple[Extent, ...]
+    gids: tuple[Extent, ...]
+
+    def nested(self) -> IdMap:
+        """The identity map for a namespace inside this one: one line an extent, as the kernel wants it."""
+
+        def identity(extents: tuple[Extent, ...]) -> tuple[Extent, ...]:
+            return tuple(Extent(extent.inside, extent.inside, extent.size) for extent in extents)
+
+        return IdMap(identity(self.uids), identity(self.gids))
+
+    def host_root(self) -> int:
+        """The host's uid of the namespace's root."""
+        return next(extent.outside for extent in self.uids if extent.inside == 0)
+
+
+def plan_idmap(uid: int, gid: int) -> IdMap:
+    """Say which map a machine of this user gets.
+
+    Raises UnsupportedError when an ordinary user has no subordinate ids.
+    """
+    if uid == 0:
+        shifted = (Extent(0, ROOT_BASE, SIZE),)
+        return IdMap(shifted, shifted)
+    name = pwd.getpwuid(uid).pw_name
+    return IdMap(
+        _keep_id(uid, *_subordinate_range(Path("/etc/subuid"), name, uid)),
+        _keep_id(gid, *_subordinate_range(Path("/etc/subgid"), name, uid)),
+    )
+
+
+def _keep_id(own: int, start: int, count: int) -> tuple[Extent, ...]:
+    size = min(count, SIZE)
+    if own >= size:
+        return (Extent(0, start, size), Extent(own, own, 1))
+    return tuple(
+        extent
+        for extent in (
+            Extent(0, start, own),
+            Extent(own, own, 1),
+            Extent(own + 1, start + own, size - own - 1),
+        )
+        if extent.size
+    )
+
+
+def _subordinate_range(path: Path, name: str, uid: int) -> tuple[int, int]:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        owner, _, rest = line.partition(":")
+        start, _, count = rest.partition(":")
+        if owner in (name, str(uid)) and start.isdecimal() and count.isdecimal() and int(count) >= SIZE - 1:
+            return int(start), int(count)
+    raise UnsupportedError(
+        f"user {name} has no range of {SIZE} ids in {path}",
+        hint=f"sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {name}",
+    )
+
+
+def start_in_new(argv: Sequence[str], idmap: IdMap, *, net: bool, pass_fds: Sequence[int] = ()) -> int:
+    """Start a program that outlives us as root of a new user (and network) namespace; return its process id.
+
+    Raises UnsupportedError when the host forbids user namespaces, BerthError when the program can't be started.
+    """
+    request = {"exec": list(argv), "new": True, "net": net}
+    with _Inside(request, idmap, pass_fds=pass_fds, new_session=True) as child:
+        child.map_ids()
+        child.started()
+        return child.pid
+
+
+def enter_command(pid: int, argv: Sequence[str], *, net: bool = True) -> list[str]:
+    """Say how to run `argv` as root inside the user (and network) namespace of `pid`."""
+    return ["nsenter", "-t", str(pid), "-U", *(["-n"] if net else []), "-S", "0", "-G", "0", "--", *argv]
+
+
+def call(
+    function: str,
+    arguments: Mapping[str, object],
+    *,
+    idmap: IdMap | None = None,
+    holder: int | None = None,
+    prefix: Sequence[str] = (),
+    pass_fds: Sequence[int] = (),
+    progress: Callable[[int, int | None], None] = lambda _done, _total: None,
+    timeout_s: float = 3600.0,
+) -> object:
+    """Run ``module:function`` of berth in a fresh process and return what it returns (JSON).
+
+    With `idmap` it runs as root of a new user namespace; with `holder` inside the user and network namespace of that
+    process; with neither just as we are. `arguments` are its keyword arguments. Its module is imported before the
+    namespace is entered, because afterwards our own files may be out of reach. `prefix` is a command that starts it
+    (systemd-run …). Errors that berth raised inside are raised here again, as what they were.
+    """
+    request = {"call": function, "arguments": dict(arguments), "new": idmap is not None, "holder": holder, "net": True}
+    with _Inside(request, idmap, prefix=prefix, pass_fds=pass_fds) as child:
+        if idmap is not None:
+            child.map_ids()
+        return child.result(progress, timeout_s)
+
+
+class _Inside:
+    """One child that runs `berth.inside`: request on its stdin, JSON lines from its stdout."""
+
+    def __init__(
+        self,
+        request: Mapping[str, object],
+        idmap: IdMap | None,
+        *,
+        prefix: Sequence[str] = (),
+        pass_fds: Sequence[int] = (),
+        new_session: bool = False,
+    ) -> None:
+        self._idmap = idmap
+        # -P: nothing is imported from the working directory; PYTHONPATH: wherever we were imported from.
+        argv = [*prefix, sys.executable, "-P", "-m", "berth.inside"]
+        env = {"PYTHONPATH": str(Path(__file__).parent.parent)}
+        self._outlives = new_session
+        # -1 is PIPE; `proc` alone imports subprocess.
+        self._process = spawn(argv, stdin=-1, stdout=-1, stderr=-1, env=env, pass_fds=pass_fds, new_session=new_session)
+        self.pid = self._process.pid
+        self._send({**request, "outlives": new_session})
+
+    def __enter__(self) -> _Inside:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if pipe is not None:
+                pipe.close()
+        if error is not None:
+            self._process.kill()
+        if error is None and self._outlives:
+            self._process.returncode = 0  # not ours to wait for
+        else:
+            self._process.wait(timeout=_START_S)
+
+    def _send(self, message: Mapping[str, object]) -> None:
+        stdin = cast("IO[bytes]", self._process.stdin)
+        try:
+            stdin.write(json.dumps(message).encode() + b"\n")
+            stdin.flush()
+        except BrokenPipeError:
+            log.debug("the process inside the namespace ended early")
+
+    def _lines(self) -> dict[str, object]:
+        stdout = cast("IO[bytes]", self._process.stdout)
+        line = stdout.readline()
+        if not line:
+            said = cast("IO[bytes]", self._process.stderr).read()[-8192:].decode(errors="replace")
+            status = self._process.wait(timeout=_START_S)
+            raise CommandError(("berth.inside",), status, said)
+        return cast("dict[str, object]", json.loads(line))
+
+    def map_ids(self) -> None:
+        """Wait until the child has its namespace, write its maps, let it go on."""
+        message = self._lines()
+        if "unshared" not in message:
+            _raise(message)
+        pid = str(message["unshared"])
+        if self._idmap is not None:
+            write_map(pid, "uid", self._idmap.uids)
+            write_map(pid, "gid", self._idmap.gids)
+        self._send({"mapped": True})
+
+    def started(self) -> None:
+        """Wait until the child has become its program: only then may its namespaces be opened by others."""
+        line = cast("IO[bytes]", self._process.stdout).readline()
+        if line:
+            _raise(cast("dict[str, object]", json.loads(line)))
+
+    def result(self, progress: Callable[[int, int | None], None], timeout_s: float = _START_S) -> object:
+        """Read until the result; hand progress on. Raises what the child raised."""
+        del timeout_s  # the child sets its own alarm: a reader blocked in readline can't
+        while True:
+            message = self._lines()
+            match message:
+                case {"progress": [int(done), int(total) | None as total]}:
+                    progress(done, total)
+                case {"result": value}:
+                    return value
+                case _:
+                    _raise(message)
+
+
+def write_map(pid: str, kind: str, extents: Sequence[Extent]) -> None:
+    """Give the user namespace of `pid` its map (`kind`: uid, gid), by hand as root, else by newuidmap."""
+    if os.geteuid() == 0:
+        text = "\n".join(f"{e.inside} {e.outside} {e.size}" for e in extents)
+        Path(f"/proc/{pid}/{kind}_map").write_text(text)
+        return
+    program = f"new{kind}map"
+    require_program(program, package="uidmap")
+    run([program, pid, *(str(number) for extent in extents for number in extent)], timeout_s=_START_S)
+
+
+def _raise(message: Mapping[str, object]) -> None:
+    match message:
+        case {"error": {"class": str(name), "message": str(text), "hint": hint}}:
+            kind = getattr(errors, name, BerthError)
+            if (
+                isinstance(kind, type)
+                and issubclass(kind, BerthError)
+                and kind not in (CommandError, errors.AgentError)
+            ):
+                raise kind(text, hint=hint if isinstance(hint, str) else None)
+            raise BerthError(text, hint=hint if isinstance(hint, str) else None)
+        case _:
+            raise BerthError(f"unexpected answer from inside the namespace: {message!r:.200}")
