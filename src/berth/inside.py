@@ -23,10 +23,10 @@ def main() -> None:
     try:
         answer({"result": _serve(request)})
     except BerthError as error:
-        answer({"error": {"class": type(error).__name__, "message": error.message, "hint": error.hint}})
+        answer({"error": {"class": type(error).__name__, "message": error.message, "hint": error.hint or ""}})
         raise SystemExit(1) from error
     except OSError as error:
-        answer({"error": {"class": "BerthError", "message": str(error), "hint": None}})
+        answer({"error": {"class": "BerthError", "message": str(error), "hint": ""}})
         raise
 
 
@@ -39,21 +39,17 @@ def answer(message: dict[str, object]) -> None:
 
 def report(done: int, total: int | None) -> None:
     """Send progress in bytes."""
-    answer({"progress": [done, total]})
+    answer({"done": done, "total": total})
 
 
 def _serve(request: dict[str, object]) -> object:
-    match request:
-        case {"exec": [*words]}:
-            _enter(request)
-            return _become([str(word) for word in words])
-        case {"call": str(name), "arguments": arguments}:
-            module, _, function = name.partition(":")
-            called = getattr(importlib.import_module(module), function)
-            _enter(request)
-            return called(**cast("dict[str, object]", arguments))
-        case _:
-            raise BerthError(f"unknown request {request!r:.200}")
+    if "exec" in request:
+        _enter(request)
+        return _become(cast("list[str]", request["exec"]))
+    module, _, function = str(request["call"]).partition(":")
+    called = getattr(importlib.import_module(module), function)
+    _enter(request)
+    return called(**cast("dict[str, object]", request["arguments"]))
 
 
 def _enter(request: dict[str, object]) -> None:

@@ -217,8 +217,9 @@ class _Inside:
         while True:
             message = self._lines()
             match message:
-                case {"progress": [int(done), int(total) | None as total]}:
-                    progress(done, total)
+                case {"done": int(done)}:
+                    total = message.get("total")
+                    progress(done, total if isinstance(total, int) else None)
                 case {"result": value}:
                     return value
                 case _:
