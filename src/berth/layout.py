@@ -62,6 +62,11 @@ class Layout:
     def machines_lock(self) -> Path:
         return self.data / "machines.lock"
 
+    # Copies of the guest agent, where the package's own can't be executed.
+    @property
+    def agents(self) -> Path:
+        return self.cache / "agents"
+
     @property
     def crun(self) -> Path:
         return self.runtime / "crun"
