@@ -24,7 +24,9 @@ a hint is what to do, a command where there is one.
 
 from __future__ import annotations
 
-from typing import ClassVar
+TYPE_CHECKING = False  # the real one would make the fast path import typing, 4 ms
+if TYPE_CHECKING:
+    from typing import ClassVar
 
 
 class BerthError(Exception):

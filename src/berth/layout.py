@@ -9,11 +9,10 @@ import dataclasses
 import os
 from pathlib import Path
 
+from berth import fastpath
 from berth.errors import InvalidArgumentError
+from berth.fastpath import SUN_PATH_MAX
 from berth.names import MachineName
-
-# Source: unix(7), sun_path: 108 bytes on Linux with the final NUL, 104 on macOS.
-_SUN_PATH_MAX = 103
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,7 +27,7 @@ class Layout:
     @classmethod
     def from_environment(cls) -> Layout:
         """Read the roots from the environment by the XDG rules; root's are /var/lib, /run, /etc, /var/cache."""
-        return cls(_root("DATA"), _root("RUNTIME"), _root("CONFIG"), _root("CACHE"))
+        return cls(*(Path(fastpath.root(kind)) for kind in ("DATA", "RUNTIME", "CONFIG", "CACHE")))
 
     # The image store: an OCI image layout (image-spec, image-layout.md).
     @property
@@ -81,38 +80,9 @@ class Layout:
 
     def agent_socket(self, name: MachineName) -> Path:
         path = self.live(name) / "agent.sock"
-        if len(os.fsencode(path)) > _SUN_PATH_MAX:
+        if len(os.fsencode(path)) > SUN_PATH_MAX:
             raise InvalidArgumentError(
-                f"the socket path {path} is longer than {_SUN_PATH_MAX} bytes",
+                f"the socket path {path} is longer than {SUN_PATH_MAX} bytes",
                 hint="set BERTH_RUNTIME_DIR to a shorter directory, or choose a shorter machine name",
             )
         return path
-
-
-def _root(kind: str) -> Path:
-    override = os.environ.get(f"BERTH_{kind}_DIR")
-    if override:
-        return Path(override).absolute()
-    return _system_root(kind) if os.geteuid() == 0 else _user_root(kind)
-
-
-def _system_root(kind: str) -> Path:
-    parents = {"DATA": "/var/lib", "RUNTIME": "/run", "CONFIG": "/etc", "CACHE": "/var/cache"}
-    return Path(parents[kind]) / "berth"
-
-
-def _user_root(kind: str) -> Path:
-    # The XDG rules by hand: platformdirs costs 16 ms of the fast path's budget, these four lines nothing.
-    home = Path(os.environ.get("HOME") or os.path.expanduser("~"))
-    match kind:
-        case "DATA":
-            base = os.environ.get("XDG_DATA_HOME") or home / ".local/share"
-        case "CONFIG":
-            base = os.environ.get("XDG_CONFIG_HOME") or home / ".config"
-        case "CACHE":
-            base = os.environ.get("XDG_CACHE_HOME") or home / ".cache"
-        case _:
-            run = Path(f"/run/user/{os.getuid()}")
-            base = os.environ.get("XDG_RUNTIME_DIR") or (run if run.is_dir() else "")
-            return Path(base) / "berth" if base else Path(f"/tmp/berth-{os.getuid()}")  # noqa: S108 (made 0700 and checked)
-    return Path(base) / "berth"

@@ -7,10 +7,10 @@ import re
 from typing import NewType
 
 from berth.errors import InvalidArgumentError
+from berth.fastpath import is_machine_name
 
 MachineName = NewType("MachineName", str)
 
-_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _TRANSPORTS = ("docker", "oci", "oci-archive", "docker-archive", "rootfs", "bootstrap")
 # Source: distribution-spec v1.1, "Pulling manifests": <name>, <reference>; docker's reference grammar for the domain.
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -21,7 +21,7 @@ _REGISTRY = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9a-fA
 
 def parse_machine_name(text: str) -> MachineName:
     """Check a machine's name: 1 to 63 of ``a-z0-9-``, a letter or digit at both ends."""
-    if not _NAME.fullmatch(text):
+    if not is_machine_name(text):
         raise InvalidArgumentError(
             f"invalid machine name '{text}'",
             hint="a name has 1 to 63 lower-case letters, digits and '-', and must start and end with a letter or digit",
