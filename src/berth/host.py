@@ -15,7 +15,7 @@ from pathlib import Path
 # Source: image-spec v1.1, config.md, "architecture": GOARCH's words.
 _ARCHITECTURES = {
     "x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64", "armv7l": "arm", "armv6l": "arm",
-    "i386": "386", "i686": "386", "riscv64": "riscv64", "ppc64le": "ppc64le", "s390x": "s390x", "loongarch64": "loong64",
+    "i386": "386", "i686": "386", "riscv64": "riscv64", "ppc64le": "ppc64le", "s390x": "s390x",
 }  # fmt: skip
 _OS_RELEASE = ("/etc/os-release", "/usr/lib/os-release")
 _VERSION_DEADLINE_S = 10.0
@@ -88,8 +88,9 @@ def parse_os_release(text: str) -> dict[str, str]:
 
 
 def parse_version(text: str) -> str | None:
-    """Find the version in what ``TOOL --version`` said: the first word that starts with a digit."""
-    match = re.search(r"(?<![\w.])v?(\d[\w.+~]*(?:-[\w.+~]+)*)", text)
+    """Find the version in the first line of what ``TOOL --version`` said: the first word that starts with a digit."""
+    first = text.lstrip().partition("\n")[0]  # the licence, with a version of its own, comes further down
+    match = re.search(r"(?<![\w.])v?(\d[\w.+~]*(?:-[\w.+~]+)*)", first)
     return match[1].rstrip(".") if match else None
 
 
