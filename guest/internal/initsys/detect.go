@@ -1,0 +1,136 @@
+// Package initsys knows the init systems: which one a guest has, whether it has settled, how to ask it to power off.
+// boot asks it for the environment to start with; guestos asks it for everything else.
+package initsys
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// The kinds of init, as `status` names them.
+const (
+	Systemd  = "systemd"
+	OpenRC   = "openrc"
+	SysVInit = "sysvinit"
+	Busybox  = "busybox"
+	None     = "none"
+	Other    = "other"
+
+	openrcInit = "openrc-init" // only as a program
+)
+
+// Init is a guest's init. Program is what process 1 runs, System who manages the services: Alpine's are busybox and
+// openrc, Debian's with OpenRC sysvinit and openrc.
+type Init struct {
+	System  string
+	Program string
+
+	root    string   // "" in a guest; a directory in tests
+	actions []string // the first words of what process 1 runs and waits for, by /etc/inittab
+}
+
+// Detect looks at the program argv[0] of the guest below root, its links and what lies beside it. It starts nothing
+// and is right before the init runs as well as after.
+func Detect(root string, argv []string) *Init {
+	init := &Init{root: root}
+	if len(argv) == 0 {
+		init.System, init.Program = None, None
+		return init
+	}
+	init.Program = detectProgram(root, argv[0])
+	init.System = init.Program
+	switch init.Program {
+	case openrcInit:
+		init.System = OpenRC
+	case Busybox, SysVInit:
+		if exists(root+"/sbin/openrc") || exists(root+"/usr/bin/openrc") {
+			init.System = OpenRC
+		}
+		init.actions = blockingActions(root + "/etc/inittab")
+	}
+	return init
+}
+
+func detectProgram(root, path string) string {
+	if !filepath.IsAbs(path) {
+		path = "/sbin/" + path
+	}
+	real, err := filepath.EvalSymlinks(root + path)
+	if err != nil {
+		return Other
+	}
+	switch base := filepath.Base(real); {
+	case base == "systemd":
+		return Systemd
+	case base == openrcInit:
+		return openrcInit
+	case strings.HasPrefix(base, "busybox"):
+		return Busybox
+	case base == "init" && !isScript(real) && (exists(root+"/etc/inittab") || exists(root+"/sbin/telinit")):
+		return SysVInit
+	}
+	return Other
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
+func isScript(path string) bool {
+	file, err := os.Open(path)
+	if err != nil {
+		return false
+	}
+	defer file.Close()
+	var magic [2]byte
+	n, _ := file.Read(magic[:])
+	return bytes.Equal(magic[:n], []byte("#!"))
+}
+
+// blockingActions gives the programs that the init waits for one after another before it is done with starting.
+// Source: inittab(5) of sysvinit and the comment at the top of busybox's examples/inittab: id:runlevels:action:process.
+func blockingActions(path string) []string {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return []string{"/etc/init.d/rcS"} // what busybox does without an inittab
+	}
+	var actions []string
+	for line := range strings.SplitSeq(string(data), "\n") {
+		fields := strings.SplitN(strings.TrimSpace(line), ":", 4)
+		if len(fields) != 4 || strings.HasPrefix(fields[0], "#") {
+			continue
+		}
+		switch fields[2] {
+		case "sysinit", "wait", "bootwait":
+			if program := firstProgram(strings.TrimLeft(fields[3], "-+")); program != "" {
+				actions = append(actions, program)
+			}
+		}
+	}
+	return actions
+}
+
+// firstProgram names what a line runs; of `/bin/sh -c "mkdir /x"` it is mkdir, since a shell says nothing.
+func firstProgram(process string) string {
+	for word := range strings.FieldsSeq(process) {
+		switch word = strings.Trim(word, `"'`); {
+		case word == "exec" || strings.HasPrefix(word, "-"):
+		case word == "sh" || strings.HasSuffix(word, "sh") && strings.HasPrefix(word, "/bin/"):
+		default:
+			return word
+		}
+	}
+	return ""
+}
+
+// ContainerEnv is the value of `container` that makes this init behave in a container. OpenRC takes `oci` for a
+// reason to mount the host's cgroups; systemd needs one that it does not special-case.
+func (i *Init) ContainerEnv() string {
+	if i.Program == Systemd {
+		return "oci"
+	}
+	return "docker"
+}
