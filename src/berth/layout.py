@@ -58,6 +58,10 @@ class Layout:
         return self.data / "addresses.json"
 
     @property
+    def addresses_lock(self) -> Path:
+        return self.data / "addresses.lock"
+
+    @property
     def machines_lock(self) -> Path:
         return self.data / "machines.lock"
 
@@ -73,6 +77,26 @@ class Layout:
     @property
     def hub(self) -> Path:
         return self.runtime / "hub"
+
+    # What `berth.net` keeps in the hub directory: its record, the names for dnsmasq, who hangs on the bridge.
+    @property
+    def hub_record(self) -> Path:
+        return self.hub / "hub.json"
+
+    @property
+    def hub_hosts(self) -> Path:
+        # Root's dnsmasq runs as nobody in particular, who may not enter the runtime directory.
+        beside = self.runtime.with_name(f"{self.runtime.name}-hosts")
+        return beside if os.geteuid() == 0 else self.hub / "hosts"
+
+    @property
+    def hub_machines(self) -> Path:
+        return self.hub / "machines"
+
+    # Beside the directory, which `berth.net.network.teardown` removes.
+    @property
+    def hub_lock(self) -> Path:
+        return self.runtime / "hub.lock"
 
     def live(self, name: MachineName) -> Path:
         """The runtime directory of one machine: sockets and what is true only while it runs."""

@@ -1,0 +1,97 @@
+"""Processes that outlive us, known by pid *and* start time: a pid alone may be somebody else's by now.
+
+Owns how berth recognises and ends its sidecars. Layer 1 in spirit; used by `net`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Process(NamedTuple):
+    """One process for good. start: clock ticks since boot. Source: proc(5), /proc/pid/stat, field 22."""
+
+    pid: int
+    start: int
+
+    def alive(self) -> bool:
+        """Say whether it runs still (a zombie does not)."""
+        return identify(self.pid) == self
+
+
+def identify(pid: int) -> Process | None:
+    """Look at the process that has this pid now; None when there is none, or only its remains."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    # The name, in parentheses, may hold anything; after the last one come the fields from the third on.
+    fields = stat[stat.rindex(b")") + 2 :].split()
+    return None if fields[0] in (b"Z", b"X") else Process(pid, int(fields[19]))
+
+
+def network_namespace(pid: int | None = None) -> int | None:
+    """Return the inode of a process's network namespace (ours without `pid`); None when we may not see it."""
+    try:
+        return os.stat(f"/proc/{pid or 'self'}/ns/net").st_ino
+    except OSError:
+        return None
+
+
+def every_process() -> Iterator[int]:
+    """List all pids."""
+    return (int(name) for name in os.listdir("/proc") if name.isdecimal())
+
+
+def find_by_argument(argument: str) -> Process | None:
+    """Find a process one of whose arguments is exactly this."""
+    wanted = os.fsencode(argument)
+    for pid in every_process():
+        with contextlib.suppress(OSError):
+            if wanted in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                return identify(pid)
+    return None
+
+
+def send(process: Process, number: signal.Signals) -> bool:
+    """Signal the process, and no other; say whether it was there."""
+    try:
+        fd = os.pidfd_open(process.pid)
+    except OSError:
+        return False
+    try:
+        # The descriptor holds on to the process, so what is checked now is what is signalled.
+        if not process.alive():
+            return False
+        signal.pidfd_send_signal(fd, number)
+        return True
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def end(process: Process, *, grace_s: float = 3.0) -> None:
+    """End the process: SIGTERM, then SIGKILL after `grace_s`; returns when it has gone."""
+    try:
+        fd = os.pidfd_open(process.pid)
+    except OSError:
+        return
+    try:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if not process.alive():
+                return
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(fd, number)
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            if poll.poll(grace_s * 1000):
+                return
+    finally:
+        os.close(fd)
