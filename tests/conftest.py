@@ -1,0 +1,116 @@
+"""Fixtures of all tests. What a test may need is in support.py, what it must not leave in leaks.py."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tomllib
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+import hatch_build
+import leaks
+from berth import host
+from berth.layout import Layout
+from images import bootstrap
+from ordinary import Ordinary
+from ordinary import ordinary_user as make_ordinary_user
+from support import FEATURES, ROOT, is_alone, need, required
+
+_ROOTS = {
+    "BERTH_DATA_DIR": "data",
+    "BERTH_RUNTIME_DIR": "run",
+    "BERTH_CONFIG_DIR": "config",
+    "BERTH_CACHE_DIR": "cache",
+}
+_numbers = itertools.count(1)
+
+# The machines of CI pause at will: an example that took long is no finding.
+settings.register_profile("berth", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("berth")
+
+
+def pytest_configure() -> None:
+    """Stop early where BERTH_REQUIRE is misspelt."""
+    required()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip, or fail, a test whose markers name what is missing here."""
+    for marker in item.iter_markers():
+        if marker.name in FEATURES:
+            need(marker.name)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session() -> Generator[Path]:
+    """The session's own folder, with a short path (sockets) that everybody may enter; berth's roots point into it.
+
+    At the end of the session it fails if anything that the session made is left.
+    """
+    folder = Path(f"/tmp/bt-{os.getpid()}")
+    folder.mkdir(mode=0o755)
+    folder.chmod(0o755)
+    before = leaks.Snapshot.take(folder, alone=is_alone())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BERTH_TEST_SESSION", str(folder))
+        for variable, name in _ROOTS.items():
+            patch.setenv(variable, str(folder / "stray" / name))  # a test that forgets `layout` harms nobody
+        yield folder
+    left = leaks.settle(before, folder, alone=is_alone())
+    shutil.rmtree(folder, ignore_errors=True)  # what keeps it from being removed is in `left`
+    assert not left, "the tests left behind:\n" + "\n".join(left)
+
+
+@pytest.fixture
+def scratch(session: Path) -> Generator[Path]:
+    """A folder of the test's own, with a short path, on a real disk; removed afterwards."""
+    folder = session / f"t{next(_numbers)}"
+    folder.mkdir(mode=0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def layout(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
+    """Berth's roots, empty, below `scratch`; the environment says so too."""
+    for variable, name in _ROOTS.items():
+        monkeypatch.setenv(variable, str(scratch / name))
+    return Layout.from_environment()
+
+
+@pytest.fixture(scope="session")
+def agents() -> dict[str, Path]:
+    """The guest agents of these sources by architecture, built by the package's own build."""
+    need("go")
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    target = ROOT / "src/berth/_agent"
+    return hatch_build.build_agents(ROOT / "guest", target, version=version, work=ROOT / "build")
+
+
+@pytest.fixture(scope="session")
+def agent_binary(agents: dict[str, Path]) -> Path:
+    """The guest agent that this host can execute."""
+    return agents[host.architecture()]
+
+
+@pytest.fixture(scope="session")
+def ordinary_user(session: Path, agent_binary: Path) -> Generator[Ordinary]:
+    """An ordinary user to run berth as (tests/ordinary.py)."""
+    del agent_binary  # built before the sources are copied
+    need("root")
+    need("user")
+    with make_ordinary_user(session) as user:
+        yield user
+
+
+@pytest.fixture(scope="session")
+def debian_tar() -> Path:
+    """A Debian 12 root file system with systemd, as a tar archive."""
+    for feature in ("root", "mmdebstrap", "mirror"):
+        need(feature)
+    return bootstrap("bookworm")
