@@ -36,6 +36,10 @@ def agent_socket(name: str) -> str:
     return os.path.join(live(name), "agent.sock")
 
 
+def keeper_lock(name: str) -> str:
+    return os.path.join(live(name), "keeper.lock")
+
+
 def boot_config(name: str) -> str:
     return os.path.join(root("DATA"), "machines", name, "boot-config.json")
 

@@ -1,0 +1,1 @@
+"""The command line: reads argv, prints, chooses the exit status. Top layer; nobody imports it."""

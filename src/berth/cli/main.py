@@ -1,0 +1,131 @@
+"""The entry point: find the command, run it, render what went wrong, choose the exit status.
+
+`berth run` (and `berth` alone) leaves here at once for `cli.run`: this module imports nothing else at its top, because
+every import costs every `berth run` its milliseconds.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from berth.errors import BerthError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_BERTH_FAILED = 125  # of `run` alone, whose other statuses are the command's
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line says; return the exit status. The entry point of the `berth` script."""
+    words = sys.argv[1:] if argv is None else argv
+    _fill_standard_files()
+    debug = os.environ.get("BERTH_DEBUG", "") not in ("", "0")
+    while words and words[0] == "--debug":
+        debug, words = True, words[1:]
+    noun = words[0] if len(words) > 1 and words[0] in ("machine", "m") else None
+    if not words or words[1 if noun else 0] == "run":
+        from berth.cli import run
+
+        return guarded(lambda: run.main(words[2 if noun else 1 :], debug=debug), debug=debug, failed=EXIT_BERTH_FAILED)
+    return guarded(lambda: _dispatch(words, debug=debug), debug=debug)
+
+
+def _dispatch(words: list[str], *, debug: bool) -> int:
+    from berth.cli import commands
+
+    return commands.dispatch(words, debug=debug)
+
+
+def guarded(work: Callable[[], int], *, debug: bool, failed: int = EXIT_FAILED) -> int:
+    """Run `work`; return its exit status, having printed any error. failed: the status of one that is not usage."""
+    try:
+        return work()
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError as error:
+        # Who read our output has left (`| head -1`): nothing to say, and nobody to say it to.
+        if debug:
+            show_traceback(error)
+        _forget_stdout()
+        return EXIT_BROKEN_PIPE
+    except Exception as error:
+        if debug:
+            show_traceback(error)
+        return show_error(error, failed=failed)
+
+
+def show_error(error: Exception, *, failed: int = EXIT_FAILED) -> int:
+    """Print `berth: MESSAGE` and `hint: …` on stderr; return the exit status that goes with it."""
+    hint: str | None = None
+    if isinstance(error, BerthError):
+        message, hint = error.message, error.hint
+        status = failed if error.exit_status == EXIT_FAILED else error.exit_status
+    elif isinstance(error, OSError) and error.strerror:
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        message, status = f"{where}{error.strerror[0].lower()}{error.strerror[1:]}", failed
+    else:
+        message, status = f"internal error: {type(error).__name__}: {error}", failed
+        hint = "this is a bug in berth; the same command after 'berth --debug' shows where"
+    say(f"{_paint('berth:')} {_one_line(message)}")
+    if hint:
+        say(f"hint: {_one_line(hint)}")
+    return status
+
+
+def say(line: str) -> None:
+    """Print a line for the person, on stderr. What stderr cannot encode is printed as escapes."""
+    stream = sys.stderr
+    if stream is None:  # pyright: ignore[reportUnnecessaryComparison]  (None when started with `2>&-`)
+        return
+    try:
+        stream.write(line.encode(stream.encoding or "utf-8", "backslashreplace").decode(stream.encoding or "utf-8"))
+        stream.write("\n")
+        stream.flush()
+    except (OSError, ValueError):
+        return  # stderr is closed or full: the exit status must do
+
+
+def show_traceback(error: BaseException) -> None:
+    import traceback
+
+    traceback.print_exception(error)
+
+
+def colour_wanted(stream: object) -> bool:
+    """Say whether `stream` is a terminal that may get colours."""
+    isatty = getattr(stream, "isatty", None)
+    return isatty is not None and isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _paint(text: str) -> str:
+    return f"\033[1;31m{text}\033[m" if colour_wanted(sys.stderr) else text
+
+
+def _one_line(text: str) -> str:
+    # An error may quote what a guest, an archive or a registry said: no line breaks, no terminal escapes.
+    return "".join(letter if letter.isprintable() or "\udc80" <= letter <= "\udcff" else " " for letter in text).strip()
+
+
+def _fill_standard_files() -> None:
+    """Open /dev/null where we were started without stdin, stdout or stderr (`<&-`), lest a socket take its number."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+
+
+def _forget_stdout() -> None:
+    """Point stdout at nothing, so that the interpreter's last flush cannot fail again."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 1)
+    finally:
+        os.close(null)

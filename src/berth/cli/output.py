@@ -1,0 +1,68 @@
+"""What goes to stdout: tables for people, JSON for programs, names for scripts. `cli` only."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from berth.cli.main import colour_wanted
+from berth.units import format_size
+
+_COLOURS = {"running": "32", "starting": "33", "stopping": "33", "broken": "31", "ok": "32", "missing": "31",
+            "warning": "33"}  # fmt: skip
+
+
+def emit(line: str) -> None:
+    """Print one line on stdout. Bytes of a name that are no UTF-8 leave as they came."""
+    write(line.encode("utf-8", "surrogateescape") + b"\n")
+
+
+def write(data: bytes) -> None:
+    """Write to stdout, whole and at once. Raises BrokenPipeError when the reader has left."""
+    # The descriptor and not sys.stdout: nothing is left in a buffer to fail at exit, when nobody can tell any more.
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(1, rest) :]
+
+
+def emit_json(document: object) -> None:
+    """Print a JSON document, indented. ASCII only, so it survives every terminal, pipe and locale."""
+    emit(json.dumps(document, indent=2))
+
+
+def emit_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, coloured: str | None = None) -> None:
+    """Print rows under headings, columns divided by three spaces; an empty cell shows as `-`.
+
+    coloured: the heading of the column whose words (running, broken, ok, …) get a colour on a terminal.
+    """
+    table = [list(headings), *([_cell(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(headings))]
+    paint = headings.index(coloured) if coloured and colour_wanted(sys.stdout) else -1
+    for row in table:
+        cells = [cell.ljust(size) for cell, size in zip(row, widths, strict=True)]
+        if paint >= 0 and row[paint] in _COLOURS:
+            cells[paint] = f"\033[{_COLOURS[row[paint]]}m{cells[paint]}\033[m"
+        emit("   ".join(cells).rstrip())
+
+
+def _cell(text: str) -> str:
+    shown = "".join(letter if letter.isprintable() or "\udc80" <= letter <= "\udcff" else "?" for letter in text)
+    return shown or "-"
+
+
+def size_cell(size: int | None) -> str:
+    return "" if size is None else format_size(size)
+
+
+def time_cell(time: str | None) -> str:
+    """Show an RFC 3339 time in local time, to the minute; what is no time stands as it is."""
+    if not time:
+        return ""
+    try:
+        moment = datetime.datetime.fromisoformat(time)
+    except ValueError:
+        return time
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M")
