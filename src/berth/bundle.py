@@ -6,8 +6,10 @@ machine. Layer 2: lifecycle and the engines call it. Nothing that is true only w
     machines/NAME/config.json        who it is (MachineConfig), written once
     machines/NAME/boot-config.json   how it boots (BootConfig), what `set` changes
     machines/NAME/edit.lock          held for milliseconds by whoever writes the bundle
+    machines/NAME/run.lock           held while the machine is started, stopped or removed
     machines/NAME/container/upper    its own files (overlayfs upper), container/work belongs to overlayfs
     machines/NAME/container/plain    directories that need a plain file system: /var/lib/docker, …
+    machines/NAME/container/private  what the machine has in place of hidden credentials
     machines/NAME/logs/console.log   what the console printed
     machines/NAME.partial-XXXX       a bundle that is being made; left over after a crash, swept by the next create
     machines/.trash-NAME-XXXX        a deleted bundle whose content waits for removal
@@ -81,6 +83,14 @@ class Bundle:
     @property
     def plain(self) -> Path:
         return self.container / "plain"
+
+    @property
+    def private(self) -> Path:
+        return self.container / "private"
+
+    @property
+    def run_lock(self) -> Path:
+        return self.path / "run.lock"
 
     @property
     def logs(self) -> Path:
@@ -196,7 +206,7 @@ def create(layout: Layout, config: MachineConfig, boot: BootConfig) -> Generator
 
 
 def _fill(partial: Path, config: MachineConfig, boot: BootConfig) -> None:
-    for directory in ("container", "container/upper", "container/work", "container/plain", "logs"):
+    for directory in ("container", "container/upper", "container/work", "container/plain", "container/private", "logs"):
         (partial / directory).mkdir(mode=0o700)
     (partial / "container/upper").chmod(0o755)  # the machine sees this mode on its /, whatever our umask is
     (partial / "edit.lock").touch(mode=0o600)
@@ -266,7 +276,7 @@ def _discard(layout: Layout, partial: Path) -> None:
 
 def _remove_small(directory: Path) -> None:
     """Remove what `_fill` made. Anything a caller added stays, with its parents: `trash` lists it."""
-    for folder in ("container/upper", "container/work", "container/plain"):
+    for folder in ("container/upper", "container/work", "container/plain", "container/private"):
         (directory / folder).rmdir()
     for name in ("config.json", "boot-config.json", "edit.lock"):
         (directory / name).unlink(missing_ok=True)

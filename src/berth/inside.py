@@ -58,7 +58,7 @@ def _enter(request: dict[str, object]) -> None:
     if request.get("new"):
         _enter_new(net=net and "exec" in request)
     elif isinstance(holder, int):
-        _enter_existing(holder)
+        enter(holder)
     if not request.get("outlives"):
         # After the change of ids, which clears it.
         syscalls.die_with_parent(signal.SIGKILL)
@@ -77,7 +77,8 @@ def _enter_new(*, net: bool) -> None:
     become_root()
 
 
-def _enter_existing(holder: int) -> None:
+def enter(holder: int) -> None:
+    """Enter the user and network namespace of `holder` and become their root. Raises OSError."""
     user = os.open(f"/proc/{holder}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     network = os.open(f"/proc/{holder}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     syscalls.setns(user, syscalls.CLONE_NEWUSER)

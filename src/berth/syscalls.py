@@ -32,6 +32,7 @@ _AT_RECURSIVE = 0x8000
 _OPEN_TREE_CLONE = 0x1
 _OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 _MOVE_MOUNT_F_EMPTY_PATH = 0x4
+_MOVE_MOUNT_T_EMPTY_PATH = 0x40
 
 MOUNT_ATTR_RDONLY = 0x1
 MOUNT_ATTR_NOSUID = 0x2
@@ -74,10 +75,10 @@ def open_tree(path: str, *, recursive: bool) -> int:
     return _check(_libc.syscall(_OPEN_TREE, -100, _text(path), ctypes.c_uint(flags)), path)
 
 
-def move_mount(tree: int, target: str) -> None:
-    """Attach the detached mount `tree` at `target`, or at ``/proc/self/fd/N``. Raises OSError."""
-    flags = ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH)
-    _check(_libc.syscall(_MOVE_MOUNT, tree, b"", -100, _text(target), flags), target)
+def move_mount(tree: int, target: int) -> None:
+    """Attach the detached mount `tree` on what the descriptor `target` names. Raises OSError."""
+    flags = ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH)
+    _check(_libc.syscall(_MOVE_MOUNT, tree, b"", target, b"", flags), "move_mount")
 
 
 def mount_setattr(tree: int, *, set_attr: int = 0, userns: int | None = None, recursive: bool = False) -> None:

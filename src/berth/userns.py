@@ -239,14 +239,12 @@ def write_map(pid: str, kind: str, extents: Sequence[Extent]) -> None:
 
 def _raise(message: Mapping[str, object]) -> None:
     match message:
-        case {"error": {"class": str(name), "message": str(text), "hint": hint}}:
-            kind = getattr(errors, name, BerthError)
-            if (
-                isinstance(kind, type)
-                and issubclass(kind, BerthError)
-                and kind not in (CommandError, errors.AgentError)
+        case {"error": {"class": str(name), "message": str(text), "hint": str(hint)}}:
+            kind: object = getattr(errors, name, BerthError)
+            if kind in (CommandError, errors.AgentError) or not (
+                isinstance(kind, type) and issubclass(kind, BerthError)
             ):
-                raise kind(text, hint=hint if isinstance(hint, str) else None)
-            raise BerthError(text, hint=hint if isinstance(hint, str) else None)
+                raise BerthError(text, hint=hint or None)  # those two are made from other things than a message
+            raise kind(text, hint=hint or None)
         case _:
             raise BerthError(f"unexpected answer from inside the namespace: {message!r:.200}")

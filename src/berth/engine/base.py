@@ -1,0 +1,90 @@
+"""What an engine is: the code that realises one isolation. Layer 3; `lifecycle` talks to engines through this only.
+
+An engine starts, finds and ends machines; it never decides policy (names, defaults, prompts) and prints nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+from berth.bundle import Bundle
+from berth.config import BootConfig, MachineConfig
+from berth.net.addresses import Address
+from berth.progress import Progress
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Machine:
+    """All that an engine needs to know of one machine."""
+
+    bundle: Bundle
+    config: MachineConfig
+    boot: BootConfig
+    address: Address
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Liveness:
+    """What an engine finds when it looks for a running machine; made anew each time, never stored.
+
+    state: `broken` means that its processes live, yet the agent does not answer. started: RFC 3339 UTC.
+    limits: what the host could not limit or offer, in words.
+    """
+
+    state: Literal["stopped", "running", "broken"]
+    init_pid: int | None = None
+    keeper_pid: int | None = None
+    started: str | None = None
+    limits: tuple[str, ...] = ()
+
+
+STOPPED = Liveness("stopped")
+
+
+class Engine(Protocol):
+    """The seam between `lifecycle` and one isolation. Every method may be called again after a crash."""
+
+    def has_template(self, digest: str) -> bool:
+        """Say whether the image of this manifest digest has been unpacked for this engine."""
+        ...
+
+    def make_template(self, digest: str, layers: Sequence[tuple[int, str]], progress: Progress) -> None:
+        """Unpack `layers` (open blob descriptor, media type; bottom first) once per digest; idempotent, atomic."""
+        ...
+
+    def start(self, machine: Machine, progress: Progress) -> None:
+        """Start the machine; return when its guest agent answers. The caller holds the machine's start lock.
+
+        Raises BerthError in words; nothing of the machine runs then.
+        """
+        ...
+
+    def find(self, machine: Machine) -> Liveness:
+        """Look whether it runs. Quick; never raises for what a guest may have done."""
+        ...
+
+    def repair(self, machine: Machine) -> None:
+        """Bring back what was killed beside a living machine (agent, keeper). Raises BerthError when it can't."""
+        ...
+
+    def wait_stopped(self, machine: Machine, timeout_s: float) -> bool:
+        """Wait for the machine's end; say whether it came."""
+        ...
+
+    def kill(self, machine: Machine) -> None:
+        """End the machine at once."""
+        ...
+
+    def clean(self, machine: Machine) -> None:
+        """Remove what a stopped machine left in the runtime directory, the cgroups and the network; idempotent."""
+        ...
+
+    def delete_tree(self, path: str) -> None:
+        """Remove a directory tree whose files may belong to the guest's ids."""
+        ...
+
+    def disk_usage(self, path: str) -> int:
+        """Count the bytes that a directory tree takes on disk."""
+        ...

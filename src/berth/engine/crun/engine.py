@@ -1,0 +1,442 @@
+"""The container engine: machines that share the host's kernel, each in a user namespace of its own, run by crun.
+
+Implements `engine.base.Engine`. What is true while a machine runs stands in the runtime directory (`container.json`:
+process id *and* start time, so that a process id used again fools nobody) and is checked against /proc each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+from berth import files, locks, userns
+from berth.agent import AgentClient, connect
+from berth.agentbinary import find_agent
+from berth.engine.base import STOPPED, Liveness, Machine
+from berth.engine.crun import cgroups
+from berth.engine.crun.plan import boot_document, container_id, plan_launch
+from berth.errors import BerthError, BusyError, DeadlineError, StateFormatError, UnsupportedError
+from berth.layout import Layout
+from berth.log import log
+from berth.net.network import Network, ensure, publish, withdraw
+from berth.proc import require_program, run, spawn
+from berth.progress import Progress
+from berth.units import utc_now
+
+_READY_S = 60.0
+_KILL_S = 10.0
+_SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Record:
+    """container.json: the running container as it was when it started."""
+
+    pid: int
+    start_time: int  # clock ticks since boot: /proc/PID/stat, field 22
+    started: str
+    cgroups: tuple[str, ...]
+    limits: tuple[str, ...]
+
+    def is_alive(self) -> bool:
+        return start_time(self.pid) == self.start_time
+
+
+def start_time(pid: int) -> int | None:
+    """Return when a process started (clock ticks since boot); None when it is gone or a zombie. Source: proc(5)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+class ContainerEngine:
+    """See `engine.base.Engine` for what each method promises."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._root = os.geteuid() == 0
+
+    # Templates ----------------------------------------------------------------------------------------------------
+
+    def has_template(self, digest: str) -> bool:
+        return (self._layout.template(digest) / "template.json").exists()
+
+    def make_template(self, digest: str, layers: Sequence[tuple[int, str]], progress: Progress) -> None:
+        """Unpack in a user namespace, as root too: whatever a layer holds, nothing of it can have the host's rights."""
+        template = self._layout.template(digest)
+        files.make_private_directory(self._layout.data)
+        files.make_private_directory(self._layout.templates)
+        with locks.hold(self._layout.templates / "templates.lock", timeout_s=3600, what="the image"):
+            self._sweep_templates()
+            if self.has_template(digest):
+                return
+            partial = template.with_name(f"{template.name}.partial")
+            idmap = userns.plan_idmap(os.getuid(), os.getgid())
+            try:
+                self._unpack(partial, layers, idmap, progress)
+                files.save_json(partial / "template.json", {"digest": digest}, schema=_SCHEMA)
+                partial.rename(template)
+            except BaseException:
+                self.delete_tree(str(partial))
+                raise
+            files.sync_directory(self._layout.templates)
+
+    def _unpack(
+        self, partial: Path, layers: Sequence[tuple[int, str]], idmap: userns.IdMap, progress: Progress
+    ) -> None:
+        rootfs = partial / "rootfs"
+        # The folder above stays closed to the host's other users: what is setuid inside must not be reachable.
+        rootfs.mkdir(parents=True)
+        partial.chmod(0o711)
+        target = os.open(rootfs, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            if self._root:
+                os.fchown(target, idmap.host_root(), idmap.host_root())
+            userns.call(
+                "berth.oci.unpack:unpack_call",
+                {"target_fd": target, "layers": [list(layer) for layer in layers]},
+                idmap=idmap,
+                pass_fds=[target, *(fd for fd, _ in layers)],
+                progress=progress.advance,
+            )
+        finally:
+            os.close(target)
+
+    def _sweep_templates(self) -> None:
+        """Remove templates that were never finished; the lock is held, so nobody makes one now."""
+        for path in self._layout.templates.glob("*.partial"):
+            self.delete_tree(str(path))
+
+    # One machine's life -------------------------------------------------------------------------------------------
+
+    def start(self, machine: Machine, progress: Progress) -> None:
+        require_program("crun", package="crun")
+        idmap = userns.plan_idmap(os.getuid(), os.getgid())
+        limits = cgroups.Limits(machine.boot.cpus, machine.boot.memory)
+        placement = cgroups.find_placement(machine.config.id, limits)
+        self._refuse_hopeless(machine, placement)
+        self.clean(machine)
+        network = ensure(self._layout)
+        for note in (*network.notes, *placement.missing):
+            log.debug("%s: %s", machine.config.name, note)
+        live = self._layout.live(machine.config.name)
+        files.make_private_directory(self._layout.runtime)
+        files.make_private_directory(live.parent)
+        files.make_private_directory(live)
+        for folder in ("rootfs", "bundle"):
+            (live / folder).mkdir(exist_ok=True)
+        agent = find_agent(self._layout)
+        with self._listener(machine) as listener, _bound(live / "console.sock") as console:
+            publish(self._layout, machine.config.name, machine.address)
+            self._start_keeper(machine, agent, console=console.fileno())
+            try:
+                self._launch(machine, agent, idmap, placement, network, listener)
+                self._await_agent(machine, progress)
+            except BaseException:
+                self.kill(machine)
+                self.clean(machine)
+                raise
+
+    def _refuse_hopeless(self, machine: Machine, placement: cgroups.Placement) -> None:
+        if placement.directory is None and self._runs_systemd(machine):
+            raise UnsupportedError(
+                f"machine '{machine.config.name}' runs systemd, which needs a cgroup that this user may write, "
+                "and this host delegates none",
+                hint="log in through systemd (ssh, desktop, machinectl shell), or: berth system check",
+            )
+
+    def _runs_systemd(self, machine: Machine) -> bool:
+        """Look where the image's /sbin/init leads (the machine's own layer is its users' business)."""
+        rootfs = self._layout.template(machine.config.image_digest) / "rootfs"
+        for folder in ("sbin", "usr/sbin"):
+            with contextlib.suppress(OSError):
+                return "systemd" in os.readlink(rootfs / folder / "init")
+        return False
+
+    @contextlib.contextmanager
+    def _listener(self, machine: Machine) -> Generator[socket.socket]:
+        """Bind the agent's socket: connects queue in it until the agent answers, so nobody has to poll."""
+        with _bound(self._layout.agent_socket(machine.config.name), keep=True) as sock:
+            yield sock
+
+    def _start_keeper(
+        self, machine: Machine, agent: Path, *, console: int | None = None, pid: int | None = None
+    ) -> None:
+        live = self._layout.live(machine.config.name)
+        machine.bundle.logs.mkdir(mode=0o700, exist_ok=True)
+        argv = [str(agent), "keeper", "--dir", str(live), "--log", str(machine.bundle.console_log)]
+        if console is not None:
+            argv += ["--console-fd", str(console)]
+        if pid is not None:
+            argv += ["--pid", str(pid)]
+        if not self._root and machine.address.loopback:
+            argv += ["--forward", machine.address.loopback]
+        keeper = spawn(argv, pass_fds=[] if console is None else [console], new_session=True)
+        keeper.returncode = 0  # it outlives us; not ours to wait for
+
+    def _launch(
+        self,
+        machine: Machine,
+        agent: Path,
+        idmap: userns.IdMap,
+        placement: cgroups.Placement,
+        network: Network,
+        listener: socket.socket,
+    ) -> None:
+        document = boot_document(machine, nameserver_text=network.resolv_conf, environment=())
+        plan = plan_launch(
+            machine, agent=agent, holder=network.holder_pid, idmap=idmap, placement=placement,
+            boot_document=json.dumps(document), bounding_set=_bounding_set(),
+        )  # fmt: skip
+        self._make_private(plan["binds"])
+        files.make_private_directory(self._layout.crun)
+        answer = userns.call(
+            "berth.engine.crun.launch:launch",
+            {
+                "plan": plan, "listener": listener.fileno(),
+                "network": network.to_json(), "address": machine.address.to_json(),
+            },
+            prefix=placement.prefix,
+            pass_fds=[listener.fileno()],
+        )  # fmt: skip
+        match answer:
+            case {"pid": int(pid), "cgroups": made}:
+                record = {
+                    "pid": pid, "startTime": start_time(pid) or 0, "started": utc_now(),
+                    "cgroups": list(_texts(made)), "limits": [*placement.missing, *network.notes],
+                }  # fmt: skip
+                files.save_json(self._record_path(machine), record, schema=_SCHEMA)
+                publish(self._layout, machine.config.name, machine.address, pid)
+            case _:
+                raise BerthError(f"unexpected answer from the launcher: {answer!r:.200}")
+
+    def _make_private(self, binds: Sequence[Mapping[str, object]]) -> None:
+        """Make what stands in the machine where a credential is hidden, as the user whose it will be."""
+        for bind in binds:
+            source = Path(str(bind["source"]))
+            if source.parent.name != "private":
+                continue
+            if bind["directory"]:
+                source.mkdir(mode=0o700, exist_ok=True)
+            else:
+                source.touch(mode=0o600)
+
+    def _await_agent(self, machine: Machine, progress: Progress) -> None:
+        progress.step(f"booting {machine.config.name}")
+        path = self._layout.agent_socket(machine.config.name)
+        try:
+            with AgentClient(connect(path, timeout_s=_READY_S), timeout_s=_READY_S) as client:
+                client.status()
+        except (OSError, BerthError) as error:
+            raise BerthError(
+                f"machine '{machine.config.name}' did not boot: {self._last_words(machine) or error}",
+                hint=f"berth logs --boot {machine.config.name}",
+            ) from error
+
+    def _last_words(self, machine: Machine) -> str:
+        try:
+            lines = machine.bundle.console_log.read_bytes()[-4096:].decode(errors="replace").splitlines()
+        except OSError:
+            return ""
+        said = [line.strip() for line in lines if line.strip() and not line.startswith("-- boot")]
+        return said[-1][:200] if said else ""
+
+    # Looking ------------------------------------------------------------------------------------------------------
+
+    def find(self, machine: Machine) -> Liveness:
+        record = self._load_record(machine)
+        if record is None or not record.is_alive():
+            return STOPPED
+        answers = _answers(self._layout.agent_socket(machine.config.name))
+        return Liveness(
+            "running" if answers else "broken",
+            init_pid=record.pid,
+            keeper_pid=self._keeper_pid(machine),
+            started=record.started,
+            limits=record.limits,
+        )
+
+    def _record_path(self, machine: Machine) -> Path:
+        return self._layout.live(machine.config.name) / "container.json"
+
+    def _load_record(self, machine: Machine) -> _Record | None:
+        path = self._record_path(machine)
+        try:
+            document = files.load_json(path, schema=_SCHEMA)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        match document:
+            case {"pid": int(pid), "startTime": int(ticks), "started": str(started)}:
+                made, limits = document.get("cgroups"), document.get("limits")
+                return _Record(pid, ticks, started, _texts(made), _texts(limits))
+            case _:
+                raise StateFormatError(f"{path} is damaged: it has no process")
+
+    def _keeper_pid(self, machine: Machine) -> int | None:
+        path = self._layout.live(machine.config.name) / "keeper.lock"
+        if not locks.is_held(path):
+            return None
+        with contextlib.suppress(OSError, ValueError):
+            return int(path.read_text())
+        return None
+
+    def repair(self, machine: Machine) -> None:
+        record = self._load_record(machine)
+        if record is None or not record.is_alive():
+            return
+        name = machine.config.name
+        if not _answers(self._layout.agent_socket(name)):
+            log.debug("the agent of machine '%s' is gone: starting a new one", name)
+            self._restart_agent(machine, record)
+        if not locks.is_held(self._layout.live(name) / "keeper.lock"):
+            log.debug("the keeper of machine '%s' is gone: starting a new one", name)
+            ensure(self._layout)
+            self._start_keeper(machine, find_agent(self._layout), pid=record.pid)
+
+    def _restart_agent(self, machine: Machine, record: _Record) -> None:
+        """Start `agent serve` in the living container, from our own copy of the binary, with a new socket."""
+        with self._listener(machine) as listener:
+            userns.call(
+                "berth.engine.crun.repair:restart_agent",
+                {"pid": record.pid, "listener": listener.fileno(), "agent": str(find_agent(self._layout))},
+                pass_fds=[listener.fileno()],
+            )
+            path = self._layout.agent_socket(machine.config.name)
+            with AgentClient(connect(path, timeout_s=_KILL_S), timeout_s=_KILL_S) as client:
+                client.status()
+
+    # Ending -------------------------------------------------------------------------------------------------------
+
+    def wait_stopped(self, machine: Machine, timeout_s: float) -> bool:
+        record = self._load_record(machine)
+        return record is None or _wait_gone(record, timeout_s)
+
+    def kill(self, machine: Machine) -> None:
+        record = self._load_record(machine)
+        if record is None:
+            # The launcher may have been killed between crun and the record.
+            self._crun_delete(machine)
+            return
+        if record.is_alive():
+            # The owner of the namespace may signal its processes; killing process 1 ends all of them.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(record.pid, signal.SIGKILL)
+            if not _wait_gone(record, _KILL_S):
+                raise DeadlineError(f"machine '{machine.config.name}' can't be killed (process {record.pid})")
+
+    def clean(self, machine: Machine) -> None:
+        name = machine.config.name
+        record = self._load_record(machine)
+        if record is not None and record.is_alive():
+            raise BusyError(f"machine '{name}' still runs")
+        live = self._layout.live(name)
+        self._crun_delete(machine)
+        made = () if record is None else record.cgroups
+        self._inside_cgroups([*made, *cgroups.find_leftovers(machine.config.id)])
+        withdraw(self._layout, name)
+        for entry in (
+            "container.json",
+            "agent.sock",
+            "console.sock",
+            "ports.json",
+            "bundle/config.json",
+            "bundle/init.pid",
+        ):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                (live / entry).unlink()
+        for folder in ("bundle", "rootfs"):
+            with contextlib.suppress(OSError):
+                (live / folder).rmdir()
+
+    def _crun_delete(self, machine: Machine) -> None:
+        """Forget, and end, whatever crun knows of this machine."""
+        identifier = container_id(machine)
+        if not (self._layout.crun / identifier).exists():
+            return
+        argv = ["crun", "--root", str(self._layout.crun), "--cgroup-manager=disabled", "delete", "--force", identifier]
+        run(argv, success=(0, 1), env={"XDG_RUNTIME_DIR": str(self._layout.runtime)})
+
+    def _inside_cgroups(self, directories: list[str]) -> None:
+        if self._root:
+            cgroups.remove(directories)
+        elif any(Path(directory).exists() for directory in directories):
+            idmap = userns.plan_idmap(os.getuid(), os.getgid())
+            userns.call("berth.engine.crun.cgroups:remove", {"directories": directories}, idmap=idmap)
+
+    def delete_tree(self, path: str) -> None:
+        if Path(path).exists():
+            self._inside("remove_tree", {"path": path})
+
+    def disk_usage(self, path: str) -> int:
+        return int(str(self._inside("disk_usage", {"path": path})))
+
+    def _inside(self, function: str, arguments: Mapping[str, object]) -> object:
+        """Call a function of `launch` where the machine's files can be touched: as root here, else in a namespace."""
+        idmap = None if self._root else userns.plan_idmap(os.getuid(), os.getgid())
+        return userns.call(f"berth.engine.crun.launch:{function}", arguments, idmap=idmap)
+
+
+@contextlib.contextmanager
+def _bound(path: Path, *, keep: bool = False) -> Generator[socket.socket]:
+    """Listen on a fresh unix socket at `path` (0600); removed at the end unless `keep`."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.bind(str(path))
+        try:
+            path.chmod(0o600)
+            sock.listen(128)
+            yield sock
+        finally:
+            if not keep:
+                path.unlink(missing_ok=True)
+
+
+def _answers(path: Path) -> bool:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(2)
+            sock.connect(str(path))
+    except OSError:
+        return False
+    return True
+
+
+def _wait_gone(record: _Record, timeout_s: float) -> bool:
+    try:
+        pidfd = os.pidfd_open(record.pid)
+    except ProcessLookupError:
+        return True
+    try:
+        # Only now is the descriptor known to be of our process and not of a later one with its id.
+        if not record.is_alive():
+            return True
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        deadline = time.monotonic() + timeout_s
+        return bool(poller.poll(max(0, deadline - time.monotonic()) * 1000)) or not record.is_alive()
+    finally:
+        os.close(pidfd)
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    return tuple(str(item) for item in cast("list[object]", value)) if isinstance(value, list) else ()
+
+
+def _bounding_set() -> int:
+    """Read which capabilities anything we start can have. Source: proc(5), CapBnd."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapBnd:"):
+            return int(line.split()[1], 16)
+    return 0

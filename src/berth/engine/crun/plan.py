@@ -1,0 +1,190 @@
+"""What is to be mounted, limited and run for one container machine. Plans only: nothing is started or changed here.
+
+`plan_launch` gives a `LaunchPlan`, plain JSON data, because `launch` carries it out in another process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+from berth.config import HostUser
+from berth.credentials import View, plan_hidden
+from berth.engine.base import Machine
+from berth.engine.crun import cgroups
+from berth.engine.crun.spec import runtime_spec
+from berth.userns import IdMap
+
+# Bound where the host has them and lets this user open them: FUSE and tunnels work inside, as on a real machine.
+_DEVICES = ("/dev/fuse", "/dev/net/tun")
+# overlayfs over overlayfs makes container engines fall back to something slow: these get a plain file system.
+PLAIN = ("/var/lib/docker", "/var/lib/containers")
+
+
+class Bind(TypedDict):
+    """One folder or file of the host in the machine. idmapped: its ids go through the machine's map."""
+
+    source: str
+    target: str
+    directory: bool
+    read_only: bool
+    idmapped: bool
+
+
+class LaunchPlan(TypedDict):
+    """Everything that `launch.launch` needs. Paths are the host's, `target`s the machine's."""
+
+    id: str
+    data: str  # every path of overlay is relative to it: commas and colons in a home's name stay harmless
+    overlay: str
+    own: list[str]  # the machine's own folders, which are its root's
+    rootfs: str
+    run: dict[str, str]  # /run/berth/NAME in the machine: text
+    agent: str
+    binds: list[Bind]
+    cgroup_directory: str | None
+    cgroup_v1: list[str]
+    cgroup_writes: list[list[str]]
+    holder: int | None
+    root: int  # the machine's root, as the launching process sees it after it entered `holder`
+    idmap: list[list[list[int]]]
+    spec: dict[str, object]
+    bundle: str
+    crun_state: str
+    console_socket: str
+
+
+def plan_launch(
+    machine: Machine,
+    *,
+    agent: Path,
+    holder: int | None,
+    idmap: IdMap,
+    placement: cgroups.Placement,
+    boot_document: str,
+    bounding_set: int,
+) -> LaunchPlan:
+    """Say how to launch `machine`. Reads the host's file system (what exists, where links lead), changes nothing.
+
+    holder: the process whose namespaces own the network (ordinary users); None for root, whose machines get `idmap`
+    from the host's own namespace.
+    """
+    bundle, layout = machine.bundle, machine.bundle.layout
+    live = layout.live(machine.config.name)
+    shifted = holder is None
+    # Where the launcher, in a mount namespace of its own, assembles the tree. crun looks at it with the rights of the
+    # machine's root, to whom root's own directories are closed; FHS 3.0 has /mnt for "mounting temporarily".
+    rootfs = "/mnt" if shifted else str(live / "rootfs")
+    return LaunchPlan(
+        id=container_id(machine),
+        data=str(layout.data),
+        overlay=_overlay_options(machine, shifted=shifted),
+        own=[str(bundle.upper), *(_plain(machine, path) for path in PLAIN)],
+        rootfs=rootfs,
+        run={"boot.json": boot_document},
+        agent=str(agent),
+        binds=plan_binds(machine, idmapped=shifted),
+        cgroup_directory=placement.directory,
+        cgroup_v1=list(placement.v1),
+        cgroup_writes=[list(write) for write in placement.writes],
+        holder=holder,
+        root=idmap.host_root() if shifted else 0,
+        idmap=[[list(extent) for extent in extents] for extents in idmap],
+        spec=runtime_spec(
+            rootfs=rootfs,
+            hostname=machine.config.name,
+            idmap=idmap if shifted else idmap.nested(),
+            bounding_set=bounding_set,
+            devices=[path for path in _DEVICES if os.access(path, os.R_OK | os.W_OK)],
+            cgroup=placement.directory is not None,
+        ),
+        bundle=str(live / "bundle"),
+        crun_state=str(layout.crun),
+        console_socket=str(live / "console.sock"),
+    )
+
+
+def container_id(machine: Machine) -> str:
+    """Name the container for crun: unique on the host, whatever the data directory."""
+    return f"berth-{machine.config.id[:12]}"
+
+
+def _overlay_options(machine: Machine, *, shifted: bool) -> str:
+    data = machine.bundle.layout.data
+    lower = machine.bundle.layout.template(machine.config.image_digest).relative_to(data) / "rootfs"
+    upper, work = (path.relative_to(data) for path in (machine.bundle.upper, machine.bundle.work))
+    # In a user namespace overlayfs keeps its marks in user.* attributes; root's may rename directories of the image.
+    mode = "redirect_dir=on" if shifted else "userxattr"
+    return f"lowerdir={lower},upperdir={upper},workdir={work},{mode}"
+
+
+def plan_binds(machine: Machine, *, idmapped: bool) -> list[Bind]:
+    """Say what of the host the machine sees, in mounting order: home, mounts, then what covers the credentials."""
+    user, boot = machine.config.user, machine.boot
+    binds: list[Bind] = []
+    if boot.home_mount != "none":
+        binds.append(_bind(user.home, user.home, read_only=boot.home_mount == "ro", idmapped=idmapped))
+    # Outer folders first: an inner one must not be covered by them.
+    binds += [
+        _bind(mount.source, mount.destination, read_only=mount.read_only, idmapped=idmapped)
+        for mount in sorted(boot.mounts, key=lambda mount: mount.destination)
+    ]
+    views = [View(os.path.realpath(bind["source"]), bind["target"]) for bind in binds if bind["directory"]]
+    for hidden in plan_hidden(user.home, views, boot.expose):
+        own = machine.bundle.private / hidden.relative.replace("/", "%")
+        binds.append(
+            Bind(
+                source=str(own), target=hidden.path, directory=hidden.directory,
+                read_only=not hidden.directory, idmapped=idmapped,
+            )
+        )  # fmt: skip
+    binds += [
+        Bind(
+            source=_plain(machine, path), target=path, directory=True, read_only=False, idmapped=False
+        )
+        for path in PLAIN
+    ]  # fmt: skip
+    return binds
+
+
+def _plain(machine: Machine, path: str) -> str:
+    return str(machine.bundle.plain / path.rpartition("/")[2])
+
+
+def _bind(source: str, target: str, *, read_only: bool, idmapped: bool) -> Bind:
+    return Bind(
+        source=source, target=target, directory=os.path.isdir(source), read_only=read_only, idmapped=idmapped
+    )  # fmt: skip
+
+
+def boot_document(machine: Machine, *, nameserver_text: str, environment: Sequence[str]) -> Mapping[str, object]:
+    """Say what the guest agent needs to know before the init runs. Source: docs/protocol.md, "The boot document"."""
+    config, boot = machine.config, machine.boot
+    user: HostUser = config.user
+    twin = {
+        "name": user.name, "uid": user.uid, "gid": user.gid, "group": user.group, "home": user.home,
+        "shell": user.shell, "homeIsOwn": boot.home_mount == "none",
+    }  # fmt: skip
+    return {
+        "schema": 1,
+        "instance": config.id,
+        "hostname": config.name,
+        "hosts": _hosts(config.name, machine.address.ip),
+        "resolv": nameserver_text,
+        "twin": twin,
+        "sshAgent": boot.ssh_agent,
+        "env": [*environment, *boot.env],
+        "init": ["/sbin/init"],
+    }
+
+
+def _hosts(name: str, ip: str) -> str:
+    return (
+        "127.0.0.1 localhost\n"
+        f"{ip} {name}\n"
+        "::1 localhost ip6-localhost ip6-loopback\n"
+        "ff02::1 ip6-allnodes\n"
+        "ff02::2 ip6-allrouters\n"
+    )

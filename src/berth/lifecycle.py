@@ -1,0 +1,479 @@
+"""What can be done with machines: create, start, stop, run in, look at, delete. Layer 5.
+
+The one code path behind the commands and the Python API: it joins bundles, images, addresses and engines, decides
+names, defaults and locks, and prints nothing. Per machine `run.lock` is held while it is started, stopped or removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import uuid
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from berth import bundle as bundles
+from berth import consolelog, locks
+from berth.agent import AgentClient, connect
+from berth.bundle import Bundle, Listed
+from berth.config import BootConfig, Change, HostUser, MachineConfig, apply_assignments
+from berth.engine.base import STOPPED, Engine, Liveness, Machine
+from berth.engine.select import choose_isolation, engine_for
+from berth.errors import BerthError, DeadlineError, InvalidStateError, NotFoundError
+from berth.files import load_json
+from berth.images import Images, StoredImage
+from berth.layout import Layout
+from berth.log import log
+from berth.machineinfo import MachineInfo, Status
+from berth.names import MachineName, parse_machine_name, parse_reference
+from berth.net import addresses
+from berth.progress import Progress, Silent
+from berth.units import utc_now
+
+if TYPE_CHECKING:
+    import _socket
+
+STOP_S = 10.0  # seconds that a guest's init gets to power off
+_ASK_S = 5.0  # seconds that the agent gets to take a request
+_LOCK_S = 300.0
+
+
+class Machines:
+    """The machines of one user (one data directory)."""
+
+    def __init__(self, layout: Layout | None = None) -> None:
+        self.layout = layout or Layout.from_environment()
+        self.images = Images(self.layout)
+
+    # Names --------------------------------------------------------------------------------------------------------
+
+    def resolve(self, name: str | None) -> MachineName:
+        """Return the machine that `name` (None: the default) means. Raises NotFoundError."""
+        if name is not None:
+            checked = parse_machine_name(name)
+            if not os.path.lexists(self.layout.bundle(checked)):
+                raise bundles.machine_not_found(checked)
+            return checked
+        default = self.default()
+        if default is None:
+            raise NotFoundError("no default machine found", hint="berth create debian:12 --name dev")
+        return default
+
+    def default(self) -> MachineName | None:
+        return bundles.find_default(self.layout)
+
+    def set_default(self, name: str) -> None:
+        bundles.set_default(self.layout, self.resolve(name))
+
+    def _free_name(self, reference: str) -> MachineName:
+        """Make a name from an image: ``debian-12``, ``debian-12-2`` …"""
+        parsed = parse_reference(reference)
+        last = parsed.path.rstrip("/").rpartition("/")[2].partition("?")[0]
+        stem = last if parsed.transport != "docker" else f"{last}-{parsed.tag}" if parsed.tag else last
+        words = "".join(char if char.isascii() and char.isalnum() else "-" for char in stem.lower())
+        base = "-".join(word for word in words.split("-") if word)[:48].strip("-") or "machine"
+        candidates = (base if number == 1 else f"{base}-{number}" for number in range(1, 10_000))
+        return next(
+            MachineName(name) for name in candidates if not os.path.lexists(self.layout.bundle(MachineName(name)))
+        )
+
+    # Create and remove --------------------------------------------------------------------------------------------
+
+    def create(
+        self,
+        reference: str,
+        *,
+        name: str | None = None,
+        boot_config: BootConfig | None = None,
+        isolation: str = "auto",
+        platform: str | None = None,
+        boot: bool = True,
+        set_default: bool = False,
+        progress: Progress | None = None,
+    ) -> MachineName:
+        """Make a machine from an image and boot it; a failure leaves nothing of it behind (the image stays).
+
+        Raises ExistsError, InvalidArgumentError, UnsupportedError, RegistryError, ImageFormatError and what a boot
+        raises.
+        """
+        progress = progress or Silent()
+        chosen = choose_isolation(isolation)
+        checked = parse_machine_name(name) if name is not None else self._free_name(reference)
+        bundles.check_free(self.layout, checked)
+        self.layout.agent_socket(checked)  # refuses a path too long before the work, not after
+        image = self.images.ensure(reference, platform=platform, progress=progress)
+        engine = engine_for(chosen, self.layout)
+        config = MachineConfig(
+            name=checked, id=uuid.uuid4().hex, image_reference=image.reference, image_digest=image.digest,
+            platform=image.platform, isolation=chosen, created=utc_now(), user=HostUser.current(),
+        )  # fmt: skip
+        # The bundle comes first: from then on the image and its template are in use, and no prune takes them.
+        with bundles.create(self.layout, config, boot_config or BootConfig()):
+            addresses.allocate(self.layout, checked)
+        try:
+            self._ensure_template(engine, image, progress)
+            if boot:
+                self.start(checked, progress=progress)
+        except BaseException:
+            self.remove(checked, force=True)
+            raise
+        if set_default:
+            self.set_default(checked)
+        else:
+            bundles.set_default_if_none(self.layout, checked)
+        return checked
+
+    def _ensure_template(self, engine: Engine, image: StoredImage, progress: Progress) -> None:
+        if engine.has_template(image.digest):
+            return
+        progress.step(f"unpacking {image.reference}")
+        layers = self.images.layers(image)
+        try:
+            engine.make_template(image.digest, layers, progress)
+        finally:
+            for fd, _ in layers:
+                os.close(fd)
+
+    def remove(self, name: str, *, force: bool = False) -> None:
+        """Delete a machine with its storage. Raises InvalidStateError when it runs and `force` is not set."""
+        checked = self.resolve(name)
+        with self._exclusive(checked, "stopping"):
+            machine = self._try_load(checked)
+            if machine is not None:
+                engine = self._engine(machine)
+                if engine.find(machine).state != "stopped":
+                    if not force:
+                        raise InvalidStateError(f"machine '{checked}' is running", hint=f"berth rm --force {checked}")
+                    engine.kill(machine)
+                engine.kill(machine)  # also what a broken start left
+                engine.clean(machine)
+            addresses.release(self.layout, checked)
+            bundles.delete(self.layout, checked)
+        self._empty_trash()
+
+    def _empty_trash(self) -> None:
+        engine = engine_for("container", self.layout)
+        for path in bundles.trash(self.layout):
+            engine.delete_tree(str(path))
+
+    # Start and stop -----------------------------------------------------------------------------------------------
+
+    def start(self, name: str, *, progress: Progress | None = None) -> None:
+        """Boot a machine until its agent answers; a running one is left as it is, a broken one repaired."""
+        checked = self.resolve(name)
+        with self._exclusive(checked, "starting"):
+            self._ensure_running(self._load(checked), progress or Silent())
+
+    def _ensure_running(self, machine: Machine, progress: Progress) -> None:
+        engine = self._engine(machine)
+        if engine.find(machine).state == "stopped":
+            if not engine.has_template(machine.config.image_digest):
+                image = self.images.ensure(
+                    machine.config.image_reference, platform=machine.config.platform, progress=progress
+                )
+                if image.digest != machine.config.image_digest:
+                    raise BerthError(
+                        f"the image of machine '{machine.config.name}' is gone: {machine.config.image_digest}"
+                    )
+                self._ensure_template(engine, image, progress)
+            engine.start(machine, progress)
+            for limit in engine.find(machine).limits:
+                progress.note(limit)
+        else:
+            engine.repair(machine)
+
+    def stop(self, name: str, *, force: bool = False, timeout_s: float = STOP_S) -> None:
+        """Power a machine off: ask its init, and after `timeout_s` end it. Idempotent."""
+        checked = self.resolve(name)
+        with self._exclusive(checked, "stopping"):
+            machine = self._load(checked)
+            engine = self._engine(machine)
+            if engine.find(machine).state != "stopped":
+                if not force:
+                    self._ask_to_power_off(machine, timeout_s)
+                if force or not engine.wait_stopped(machine, timeout_s):
+                    engine.kill(machine)
+            engine.clean(machine)
+
+    def _ask_to_power_off(self, machine: Machine, timeout_s: float) -> None:
+        try:
+            with self._agent(machine.config.name, min(_ASK_S, timeout_s)) as client:
+                client.power_off()
+        except (OSError, BerthError) as error:
+            log.debug("machine '%s' can't be asked to power off: %s", machine.config.name, error)
+
+    def _agent(self, name: MachineName, timeout_s: float) -> AgentClient:
+        """Connect to the agent of a running machine; every answer has `timeout_s`. Raises OSError, DeadlineError."""
+        return AgentClient(connect(self.layout.agent_socket(name), timeout_s=timeout_s), timeout_s=timeout_s)
+
+    def restart(
+        self, name: str, *, force: bool = False, timeout_s: float = STOP_S, progress: Progress | None = None
+    ) -> None:
+        self.stop(name, force=force, timeout_s=timeout_s)
+        self.start(name, progress=progress)
+
+    def connect(self, name: str, *, progress: Progress | None = None) -> _socket.socket:
+        """Return a connection to a machine's agent; a stopped machine is booted, a broken one repaired."""
+        checked = self.resolve(name)
+        path = self.layout.agent_socket(checked)
+        if not self.needs_care(checked):
+            with contextlib.suppress(OSError, BerthError):
+                return connect(path, timeout_s=_ASK_S)
+        self.start(checked, progress=progress)
+        return connect(path, timeout_s=_ASK_S)
+
+    def needs_care(self, name: MachineName) -> bool:
+        """Say whether the machine's keeper is gone: then a start, which repairs, must come before a connect."""
+        return not locks.is_held(self.layout.live(name) / "keeper.lock")
+
+    # Looking ------------------------------------------------------------------------------------------------------
+
+    def list(self) -> list[MachineInfo]:
+        """Describe every machine, by name; a broken one with its problems."""
+        default = self.default()
+        return [self._describe(listed, default) for listed in bundles.list_bundles(self.layout)]
+
+    def inspect(self, name: str) -> MachineInfo:
+        """Describe one machine. Raises NotFoundError."""
+        checked = self.resolve(name)
+        for info in self.list():
+            if info.name == checked:
+                return info
+        raise bundles.machine_not_found(checked)
+
+    def _describe(self, listed: Listed, default: MachineName | None) -> MachineInfo:
+        config, boot, name = listed.config, listed.boot, listed.name
+        paths = {"bundle_path": str(listed.bundle.path), "runtime_path": str(self.layout.live(name))}
+        if config is None or boot is None:
+            why = str(listed.problem or "it can't be read")
+            return MachineInfo(name, "broken", default=name == default, problems=(why,), **paths)
+        alive, address, problem = STOPPED, None, None
+        try:
+            machine = self._machine(listed.bundle, config, boot)
+            address = machine.address
+            alive = self._engine(machine).find(machine)
+        except BerthError as error:
+            problem = str(error)
+        status: Status = "broken" if problem else self._status(name, alive)
+        if status == "broken" and problem is None:
+            problem = "its guest agent does not answer: the next berth run or start repairs it"
+        reachable = None if address is None else address.ip if os.geteuid() == 0 else address.loopback
+        return MachineInfo(
+            name=name, status=status, isolation=config.isolation, image_reference=config.image_reference,
+            image_digest=config.image_digest, platform=config.platform, address=reachable,
+            ports=self._ports(name), cpus=boot.cpus, memory=boot.memory, disk=boot.disk,
+            home_mount=boot.home_mount, mounts=boot.mounts, expose=boot.expose, env=boot.env, kernel=boot.kernel,
+            virtualization=boot.virtualization, autostart=boot.autostart, ssh_agent=boot.ssh_agent,
+            user=config.user, created=config.created, started=alive.started, default=name == default,
+            console_path=str(listed.bundle.console_log), init_pid=alive.init_pid, keeper_pid=alive.keeper_pid,
+            problems=(problem,) if problem else (), limits=alive.limits, **paths,
+        )  # fmt: skip
+
+    def _status(self, name: MachineName, alive: Liveness) -> Status:
+        doing = self._doing(name)
+        if doing == "starting" and alive.state != "running":
+            return "starting"
+        if doing == "stopping" and alive.state == "running":
+            return "stopping"
+        return alive.state
+
+    def _ports(self, name: MachineName) -> tuple[int, ...]:
+        with contextlib.suppress(OSError, BerthError):
+            document = load_json(self.layout.live(name) / "ports.json", schema=1)
+            entries = document.get("ports")
+            if isinstance(entries, list):
+                found = (_host_port(entry) for entry in cast("list[object]", entries))
+                return tuple(port for port in found if port is not None)
+        return ()
+
+    # Settings -----------------------------------------------------------------------------------------------------
+
+    def set(self, name: str, assignments: list[str]) -> list[Change]:
+        """Change settings, all or nothing; say what changed and when it takes effect."""
+        bundle = Bundle(self.layout, self.resolve(name))
+        with bundle.edit() as lock:
+            boot, changes = apply_assignments(bundle.load_boot(), assignments)
+            bundle.save_boot(lock, boot)
+        return changes
+
+    # Output and waiting -------------------------------------------------------------------------------------------
+
+    def logs(self, name: str, *, boot: bool = False, follow: bool = False, lines: int | None = None) -> Iterator[bytes]:
+        """Give what the machine wrote, in chunks: its console (`boot`), else its journal where it runs one.
+
+        A stopped machine's services are read from the console, where the journal is forwarded to.
+        """
+        checked = self.resolve(name)
+        bundle = Bundle(self.layout, checked)
+        if not boot and self._has_journal(bundle):
+            return self._journal(checked, follow=follow, lines=lines)
+        return consolelog.read(
+            bundle.console_log, lines=lines, follow=follow,
+            alive=lambda: self._engine_state(bundle) != "stopped",
+        )  # fmt: skip
+
+    def _engine_state(self, bundle: Bundle) -> str:
+        machine = self._load(bundle.name)
+        return self._engine(machine).find(machine).state
+
+    def _has_journal(self, bundle: Bundle) -> bool:
+        try:
+            if self._engine_state(bundle) != "running":
+                return False
+            with self._agent(bundle.name, _ASK_S) as client:
+                return client.status().system == "systemd"
+        except (OSError, BerthError):
+            return False
+
+    def _journal(self, name: MachineName, *, follow: bool, lines: int | None) -> Iterator[bytes]:
+        argv = ["journalctl", "--no-pager", "--output=short", "--boot"]
+        argv += ["--follow"] if follow else []
+        argv += [] if lines is None else [f"--lines={lines}"]
+        sock = connect(self.layout.agent_socket(name), timeout_s=_ASK_S)
+        try:
+            yield from consolelog.command_output(sock, argv)
+        finally:
+            sock.close()
+
+    def wait(self, name: str, *, target: str = "agent", timeout_s: float | None = None) -> str:
+        """Wait until a running machine's agent answers, or its init has settled; return the init's state.
+
+        Raises DeadlineError; InvalidStateError when the machine does not run.
+        """
+        checked = self.resolve(name)
+        deadline = time.monotonic() + (timeout_s if timeout_s is not None else 3600.0)
+        machine = self._load(checked)
+        if self._engine(machine).find(machine).state == "stopped" and self._doing(checked) != "starting":
+            raise InvalidStateError(f"machine '{checked}' is stopped", hint=f"berth start {checked}")
+        try:
+            with self._agent(checked, max(0.01, deadline - time.monotonic())) as client:
+                if target == "init":
+                    return client.wait_init(timeout_s=max(0.01, deadline - time.monotonic()))
+                return client.status().init
+        except TimeoutError as error:
+            raise DeadlineError(f"machine '{checked}' was not ready within {timeout_s:g} s") from error
+
+    # The system ---------------------------------------------------------------------------------------------------
+
+    def usage(self) -> list[tuple[str, int]]:
+        """Count the bytes on disk: (what, bytes)."""
+        engine = engine_for("container", self.layout)
+        places = [("images", self.layout.images), ("templates", self.layout.templates)]
+        places += [(f"machine {item.name}", item.bundle.path) for item in bundles.list_bundles(self.layout)]
+        return [(what, engine.disk_usage(str(path))) for what, path in places]
+
+    def images_in_use(self) -> dict[str, list[str]]:
+        """Say which manifest digests machines were made from: digest → machine names."""
+        used: dict[str, list[str]] = {}
+        for listed in bundles.list_bundles(self.layout):
+            if listed.config is not None:
+                used.setdefault(listed.config.image_digest, []).append(listed.name)
+        return used
+
+    def prune(self, progress: Progress | None = None) -> None:
+        """Remove what nothing needs: unused images, templates without a machine, what failed commands left."""
+        progress = progress or Silent()
+        progress.step("removing deleted machines")
+        self._empty_trash()
+        progress.step("removing unused images")
+        self.images.prune(self.images_in_use)
+        self.prune_templates()
+
+    def prune_templates(self) -> None:
+        """Remove templates whose image is neither stored nor used by a machine."""
+        engine = engine_for("container", self.layout)
+        with bundles.machines_lock(self.layout):
+            kept = {digest.replace(":", "-") for digest in self.images_in_use()}
+            kept |= {image.digest.replace(":", "-") for image in self.images.list()}
+            doomed = [path for path in _directories(self.layout.templates) if _stem(path) not in kept]
+            renamed = [path.rename(path.with_name(f"{_stem(path)}.doomed")) for path in doomed]
+        for path in renamed:
+            engine.delete_tree(str(path))
+
+    def start_autostart(self, progress: Progress | None = None) -> tuple[list[MachineName], list[BerthError]]:
+        """Start the machines marked autostart; one that fails does not keep the others from it."""
+        started: list[MachineName] = []
+        failed: list[BerthError] = []
+        for name in self._autostart_names():
+            try:
+                self.start(name, progress=progress)
+                started.append(name)
+            except BerthError as error:
+                failed.append(error)
+        return started, failed
+
+    def stop_autostart(self) -> list[MachineName]:
+        names = self._autostart_names()
+        for name in names:
+            self.stop(name)
+        return names
+
+    def autostart_status(self) -> list[MachineInfo]:
+        return [info for info in self.list() if info.autostart]
+
+    def _autostart_names(self) -> list[MachineName]:
+        return [
+            item.name for item in bundles.list_bundles(self.layout) if item.boot is not None and item.boot.autostart
+        ]
+
+    # Inside -------------------------------------------------------------------------------------------------------
+
+    def _load(self, name: MachineName) -> Machine:
+        bundle = Bundle(self.layout, name)
+        return self._machine(bundle, bundle.load(), bundle.load_boot())
+
+    def _try_load(self, name: MachineName) -> Machine | None:
+        """Load what may be too broken to load: it can still be removed."""
+        try:
+            return self._load(name)
+        except BerthError as error:
+            log.debug("machine '%s' can't be read: %s", name, error)
+            return None
+
+    def _machine(self, bundle: Bundle, config: MachineConfig, boot: BootConfig) -> Machine:
+        # `allocate` gives the one it has; a lost address book costs the address, not the machine.
+        return Machine(bundle, config, boot, addresses.allocate(self.layout, bundle.name))
+
+    def _engine(self, machine: Machine) -> Engine:
+        return engine_for(machine.config.isolation, self.layout)
+
+    @contextlib.contextmanager
+    def _exclusive(self, name: MachineName, doing: str) -> Generator[None]:
+        """Hold the machine's run.lock: one start, stop or removal at a time; the file says which."""
+        path = Bundle(self.layout, name).run_lock
+        try:
+            with locks.hold(path, timeout_s=_LOCK_S, what=f"machine '{name}'") as fd:
+                os.ftruncate(fd, 0)
+                os.write(fd, doing.encode())
+                yield
+        except FileNotFoundError:
+            if os.path.lexists(self.layout.bundle(name)):
+                raise
+            raise bundles.machine_not_found(name) from None
+
+    def _doing(self, name: MachineName) -> str | None:
+        path = Bundle(self.layout, name).run_lock
+        with contextlib.suppress(OSError):
+            return path.read_text() if locks.is_held(path) else None
+        return None
+
+
+def _host_port(entry: object) -> int | None:
+    match entry:
+        case {"host": int(port)}:
+            return port
+        case _:
+            return None
+
+
+def _stem(path: Path) -> str:
+    return path.name.partition(".")[0]
+
+
+def _directories(path: Path) -> list[Path]:
+    try:
+        return [entry for entry in path.iterdir() if entry.is_dir()]
+    except FileNotFoundError:
+        return []
