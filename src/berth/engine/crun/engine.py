@@ -28,13 +28,17 @@ from berth.errors import BerthError, BusyError, DeadlineError, StateFormatError,
 from berth.layout import Layout
 from berth.log import log
 from berth.net.network import Network, ensure, publish, withdraw
-from berth.proc import require_program, run, spawn
+from berth.proc import require_program, spawn
 from berth.progress import Progress
 from berth.units import utc_now
 
 _READY_S = 60.0
 _KILL_S = 10.0
 _SCHEMA = 1
+# What is in a machine's runtime directory only while it runs.
+_TRANSIENT = (
+    "container.json", "agent.sock", "console.sock", "ports.json", "bundle/config.json", "bundle/init.pid",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -323,17 +327,24 @@ class ContainerEngine:
         return record is None or _wait_gone(record, timeout_s)
 
     def kill(self, machine: Machine) -> None:
-        record = self._load_record(machine)
-        if record is None:
-            # The launcher may have been killed between crun and the record.
-            self._crun_delete(machine)
-            return
-        if record.is_alive():
+        # Without a record the launcher may have been killed between crun and it: crun's own state tells then.
+        record = self._load_record(machine) or self._orphan(machine)
+        if record is not None and record.is_alive():
             # The owner of the namespace may signal its processes; killing process 1 ends all of them.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(record.pid, signal.SIGKILL)
             if not _wait_gone(record, _KILL_S):
                 raise DeadlineError(f"machine '{machine.config.name}' can't be killed (process {record.pid})")
+
+    def _orphan(self, machine: Machine) -> _Record | None:
+        state = self._layout.crun / container_id(machine)
+        if not state.exists():
+            return None
+        match self._inside("read_container", {"state": str(state)}):
+            case {"pid": int(pid), "startTime": int(ticks)}:
+                return _Record(pid, ticks, "", (), ())
+            case _:
+                return None
 
     def clean(self, machine: Machine) -> None:
         name = machine.config.name
@@ -341,38 +352,21 @@ class ContainerEngine:
         if record is not None and record.is_alive():
             raise BusyError(f"machine '{name}' still runs")
         live = self._layout.live(name)
-        self._crun_delete(machine)
         made = () if record is None else record.cgroups
-        self._inside_cgroups([*made, *cgroups.find_leftovers(machine.config.id)])
+        self._sweep(machine, [*made, *cgroups.find_leftovers(machine.config.id)])
         withdraw(self._layout, name)
-        for entry in (
-            "container.json",
-            "agent.sock",
-            "console.sock",
-            "ports.json",
-            "bundle/config.json",
-            "bundle/init.pid",
-        ):
+        for entry in _TRANSIENT:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 (live / entry).unlink()
         for folder in ("bundle", "rootfs"):
             with contextlib.suppress(OSError):
                 (live / folder).rmdir()
 
-    def _crun_delete(self, machine: Machine) -> None:
-        """Forget, and end, whatever crun knows of this machine."""
-        identifier = container_id(machine)
-        if not (self._layout.crun / identifier).exists():
-            return
-        argv = ["crun", "--root", str(self._layout.crun), "--cgroup-manager=disabled", "delete", "--force", identifier]
-        run(argv, success=(0, 1), env={"XDG_RUNTIME_DIR": str(self._layout.runtime)})
-
-    def _inside_cgroups(self, directories: list[str]) -> None:
-        if self._root:
-            cgroups.remove(directories)
-        elif any(Path(directory).exists() for directory in directories):
-            idmap = userns.plan_idmap(os.getuid(), os.getgid())
-            userns.call("berth.engine.crun.cgroups:remove", {"directories": directories}, idmap=idmap)
+    def _sweep(self, machine: Machine, directories: list[str]) -> None:
+        """Remove the cgroups and crun's state of a container that has ended."""
+        state = self._layout.crun / container_id(machine)
+        if state.exists() or any(Path(directory).exists() for directory in directories):
+            self._inside("sweep", {"state": str(state), "directories": directories})
 
     def delete_tree(self, path: str) -> None:
         if Path(path).exists():

@@ -170,6 +170,21 @@ def _crun(plan: LaunchPlan, *words: str, pass_fds: tuple[int, ...] = ()) -> None
     run(argv, timeout_s=_CRUN_S, pass_fds=pass_fds, env={"XDG_RUNTIME_DIR": str(Path(plan["crun_state"]).parent)})
 
 
+def read_container(state: str) -> object:
+    """Return the process that crun's own state of a container names: ``{"pid": …, "startTime": …}``, or None."""
+    try:
+        status = json.loads(Path(state, "status").read_bytes())
+        return {"pid": int(status["pid"]), "startTime": int(status["process-start-time"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def sweep(state: str, directories: list[str]) -> None:
+    """Remove crun's state of a container that has ended, and its cgroups."""
+    remove_tree(state)
+    cgroups.remove(directories)
+
+
 def remove_tree(path: str) -> None:
     """Remove a tree, never following a link out of it; absent is fine."""
     with contextlib.suppress(FileNotFoundError):

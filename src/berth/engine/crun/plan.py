@@ -17,7 +17,7 @@ from berth.engine.crun import cgroups
 from berth.engine.crun.spec import runtime_spec
 from berth.userns import IdMap
 
-# Bound where the host has them and lets this user open them: FUSE and tunnels work inside, as on a real machine.
+# Bound where the host lets everybody open them: FUSE and tunnels work inside, as on a real machine.
 _DEVICES = ("/dev/fuse", "/dev/net/tun")
 # overlayfs over overlayfs makes container engines fall back to something slow: these get a plain file system.
 PLAIN = ("/var/lib/docker", "/var/lib/containers")
@@ -97,13 +97,20 @@ def plan_launch(
             hostname=machine.config.name,
             idmap=idmap if shifted else idmap.nested(),
             bounding_set=bounding_set,
-            devices=[path for path in _DEVICES if os.access(path, os.R_OK | os.W_OK)],
+            devices=[path for path in _DEVICES if _is_open_to_all(path)],
             cgroup=placement.directory is not None,
         ),
         bundle=str(live / "bundle"),
         crun_state=str(layout.crun),
         console_socket=str(live / "console.sock"),
     )
+
+
+def _is_open_to_all(path: str) -> bool:
+    try:
+        return os.stat(path).st_mode & 0o006 == 0o006
+    except OSError:
+        return False
 
 
 def container_id(machine: Machine) -> str:

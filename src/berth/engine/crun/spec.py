@@ -25,6 +25,13 @@ _FORBIDDEN_CALLS = (
     "swapon", "swapoff", "acct", "iopl", "ioperm",
 )  # fmt: skip
 
+# Worth nothing outside of the host's own user namespace, and systemd takes their presence as a promise
+# (ConditionCapability=): debugfs, the audit socket, the hardware clock would be tried and fail.
+_HOLLOW = frozenset((
+    "SYS_MODULE", "SYS_RAWIO", "SYS_PACCT", "SYS_TIME", "MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG", "AUDIT_CONTROL",
+    "AUDIT_READ", "WAKE_ALARM", "BLOCK_SUSPEND",
+))  # fmt: skip
+
 AGENT_FD = 3  # the agent's listening socket, handed through crun (--preserve-fds)
 
 
@@ -37,7 +44,9 @@ def runtime_spec(
     bounding_set: CapBnd of our own process (asking for more fails). devices: host device nodes to bind, if there.
     cgroup: whether the container gets a cgroup of its own to manage.
     """
-    capabilities = [f"CAP_{name}" for bit, name in enumerate(_CAPABILITIES) if bounding_set >> bit & 1]
+    capabilities = [
+        f"CAP_{name}" for bit, name in enumerate(_CAPABILITIES) if bounding_set >> bit & 1 and name not in _HOLLOW
+    ]
     return {
         "ociVersion": "1.0.2",
         "hostname": hostname,
