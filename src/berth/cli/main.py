@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-EXIT_BERTH_FAILED = 125  # of `run` alone, whose other statuses are the command's
+EXIT_BERTH_FAILED = 125  # of `run` alone, once its words are understood: its other statuses are the command's
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     if not words or words[1 if noun else 0] == "run":
         from berth.cli import run
 
-        return guarded(lambda: run.main(words[2 if noun else 1 :], debug=debug), debug=debug, failed=EXIT_BERTH_FAILED)
+        return guarded(lambda: run.main(words[2 if noun else 1 :], debug=debug), debug=debug)
     return guarded(lambda: _dispatch(words, debug=debug), debug=debug)
 
 
@@ -43,8 +43,8 @@ def _dispatch(words: list[str], *, debug: bool) -> int:
     return commands.dispatch(words, debug=debug)
 
 
-def guarded(work: Callable[[], int], *, debug: bool, failed: int = EXIT_FAILED) -> int:
-    """Run `work`; return its exit status, having printed any error. failed: the status of one that is not usage."""
+def guarded(work: Callable[[], int], *, debug: bool, failed: int | None = None) -> int:
+    """Run `work`; return its exit status, having printed any error. failed: the status of an error, whatever it is."""
     try:
         return work()
     except KeyboardInterrupt:
@@ -61,22 +61,22 @@ def guarded(work: Callable[[], int], *, debug: bool, failed: int = EXIT_FAILED) 
         return show_error(error, failed=failed)
 
 
-def show_error(error: Exception, *, failed: int = EXIT_FAILED) -> int:
-    """Print `berth: MESSAGE` and `hint: …` on stderr; return the exit status that goes with it."""
+def show_error(error: Exception, *, failed: int | None = None) -> int:
+    """Print `berth: MESSAGE` and `hint: …` on stderr; return the exit status that goes with it, or `failed`."""
     hint: str | None = None
+    status = EXIT_FAILED
     if isinstance(error, BerthError):
-        message, hint = error.message, error.hint
-        status = failed if error.exit_status == EXIT_FAILED else error.exit_status
+        message, hint, status = error.message, error.hint, error.exit_status
     elif isinstance(error, OSError) and error.strerror:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-        message, status = f"{where}{error.strerror[0].lower()}{error.strerror[1:]}", failed
+        message = f"{where}{error.strerror[0].lower()}{error.strerror[1:]}"
     else:
-        message, status = f"internal error: {type(error).__name__}: {error}", failed
+        message = f"internal error: {type(error).__name__}: {error}"
         hint = "this is a bug in berth; the same command after 'berth --debug' shows where"
     say(f"{_paint('berth:')} {_one_line(message)}")
     if hint:
         say(f"hint: {_one_line(hint)}")
-    return status
+    return status if failed is None else failed
 
 
 def say(line: str) -> None:
