@@ -223,12 +223,13 @@ def delete(layout: Layout, name: MachineName) -> Path:
     with machines_lock(layout):
         source = layout.bundle(name)
         trash = _trash_path(layout, name)
+        was_default = find_default(layout) == name
         try:
             source.rename(trash)
         except FileNotFoundError:
             raise machine_not_found(name) from None
         files.sync_directory(layout.machines)
-        if find_default(layout) == name:
+        if was_default:
             layout.default_machine.unlink(missing_ok=True)
     return trash
 

@@ -49,7 +49,7 @@ class Options:
     def __init__(self) -> None:
         self.flags: set[str] = set()
         self.values: dict[str, str] = {}
-        self.env: list[tuple[str, str]] = []  # ("env" or "env_file", value), in the order given
+        self.env: dict[bytes, bytes] = {}  # of -e and --env-file, in the order given
         self.argv: list[str] = []
 
 
@@ -106,7 +106,8 @@ def _find(flag: str) -> tuple[str, bool]:
 
 def _store(options: Options, dest: str, value: str) -> None:
     if dest in ("env", "env_file"):
-        options.env.append((dest, value))
+        for item in [os.fsencode(value)] if dest == "env" else read_env_file(value):
+            _set_variable(options.env, item)
         return
     if dest == "name" and not fastpath.is_machine_name(value):
         from berth.names import parse_machine_name
@@ -119,6 +120,16 @@ def _store(options: Options, dest: str, value: str) -> None:
     if dest in ("user", "workdir") and not value:
         raise InvalidArgumentError(f"invalid {dest} '': it is empty", hint=HINT)
     options.values[dest] = value
+
+
+def _set_variable(env: dict[bytes, bytes], item: bytes) -> None:
+    key, equals, value = item.partition(b"=")
+    if not key:
+        raise InvalidArgumentError(f"invalid environment variable '{os.fsdecode(item)}'", hint="give KEY=VALUE or KEY")
+    if equals:
+        env[key] = value
+    elif key in os.environb:  # `-e KEY` copies; one that isn't set here is left out, as docker does
+        env[key] = os.environb[key]
 
 
 def _check(options: Options) -> None:
@@ -141,10 +152,17 @@ def main(words: list[str], *, debug: bool) -> int:
         from berth.cli import commands
 
         return commands.show_help("run")
-    if debug or "debug" in options.flags:
+    debug = debug or "debug" in options.flags
+    if debug:
         from berth import log
 
         log.configure(debug=True)
+    from berth.cli.main import EXIT_BERTH_FAILED, guarded
+
+    return guarded(lambda: _run(options), debug=debug, failed=EXIT_BERTH_FAILED)
+
+
+def _run(options: Options) -> int:
     wanted = options.values.get("name")
     name = wanted or fastpath.find_default_machine()
     connection = _connect_fast(name) if name else None
@@ -309,18 +327,7 @@ def make_environment(options: Options, boot: dict[str, object], *, tty: bool) ->
         from berth import terminal
 
         env |= {key: value for key, _, value in (item.partition(b"=") for item in terminal.environment())}
-    for source, value in options.env:
-        items = [os.fsencode(value)] if source == "env" else read_env_file(value)
-        for item in items:
-            key, equals, content = item.partition(b"=")
-            if not key:
-                raise InvalidArgumentError(
-                    f"invalid environment variable '{os.fsdecode(item)}'", hint="KEY=VALUE or KEY"
-                )
-            if equals:
-                env[key] = content
-            elif key in os.environb:  # `-e KEY` copies; one that isn't set here is left out, as docker does
-                env[key] = os.environb[key]
+    env |= options.env
     return [key + b"=" + value for key, value in env.items()]
 
 
