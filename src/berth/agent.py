@@ -12,6 +12,7 @@ from struct import pack
 from time import monotonic
 
 from berth.errors import AgentError, DeadlineError, ProtocolError
+from berth.version import VERSION
 from berth.wire.connection import Connection, MessageArrived
 from berth.wire.messages import (
     Error,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
     from berth.wire.messages import AgentStatus, ExecRequest, Hello, Message, ToHost
 
-VERSION = "0.1.0"  # of this berth, as the other side is told; tests hold it to pyproject.toml
 _STALLED_S = 10.0  # an agent that takes longer for a plain answer is not well
 
 

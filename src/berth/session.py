@@ -14,11 +14,12 @@ import os
 import select
 from time import monotonic
 
-from berth.agent import VERSION, lost
+from berth.agent import lost
 from berth.errors import AgentError, BerthError, DeadlineError, ProtocolError
 from berth.outputs import FdOutput, MemoryOutput
 from berth.signals import SignalStream, number_of
 from berth.terminal import RawMode, window_size
+from berth.version import VERSION
 from berth.wire.connection import Connection, CreditArrived, DataArrived
 from berth.wire.frames import MAX_DATA, STDERR, STDIN, STDOUT
 from berth.wire.messages import Close, Error, Exit, Hello, Resize, Signal, Started

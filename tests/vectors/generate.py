@@ -129,10 +129,8 @@ def frames() -> list[Json]:
         ("credit for stdout", "to_guest", 1, CREDIT, struct.pack(">BI", STDOUT, 1)),
         ("credit for stderr", "to_guest", 4711, CREDIT, struct.pack(">BI", STDERR, WINDOW)),
     ]
-    found += [
-        {"name": n, "direction": d, "hex": raw(s, k, p), "stream": s, "kind": k, "payload_hex": p.hex()}
-        for n, d, s, k, p in data
-    ]
+    for n, d, s, k, p in data:
+        found.append({"name": n, "direction": d, "hex": raw(s, k, p), "stream": s, "kind": k, "payload_hex": p.hex()})
     return found
 
 
