@@ -170,8 +170,10 @@ def _find_python(entry: pwd.struct_passwd) -> Path:
     """Find an interpreter that the user may execute, new enough; ours may lie in root's home."""
     names = [f"/usr/bin/python3.{minor}" for minor in range(11, 20)]
     for path in (os.path.realpath(sys.executable), "/usr/bin/python3", "/usr/local/bin/python3", *names):
-        test = "import sys; sys.exit(sys.version_info < (3, 11))"
-        argv = ["setpriv", f"--reuid={entry.pw_uid}", "--clear-groups", "--", path, "-c", test]
+        # It has to start itself: when setpriv looks for the program, it still has root's eyes.
+        test = "import subprocess as s, sys; sys.exit(s.call([sys.executable, '-c', '']) or sys.version_info < (3, 11))"
+        ids = [f"--reuid={entry.pw_uid}", f"--regid={entry.pw_gid}", "--clear-groups"]
+        argv = ["setpriv", *ids, "--", path, "-c", test]
         if os.path.exists(path) and proc.run(argv, success=range(256), cwd=Path("/")).status == 0:
             return Path(path)
     raise RuntimeError(f"{entry.pw_name} can execute no Python of 3.11 or later")
