@@ -14,17 +14,17 @@ SOURCES = ROOT / "src"
 # From the bottom. A module may import its own layer and those below; `berth.oci` stands for all in the package, and a
 # longer name goes before a shorter one.
 LAYERS: dict[str, int] = {
-    **dict.fromkeys(("errors", "units", "names", "version"), 0),
+    **dict.fromkeys(("errors", "units", "names", "version", "fastpath"), 0),
     **dict.fromkeys(
         (
             "host", "files", "locks", "proc", "layout", "log", "progress", "agentbinary", "userns", "syscalls",
-            "inside", "credentials", "rooted", "consolelog",
+            "inside", "credentials", "rooted", "outputs", "signals",
         ),
         1,
     ),
     **dict.fromkeys(("config", "wire", "oci", "bundle", "machineinfo"), 2),
-    **dict.fromkeys(("agent", "session", "terminal", "engine", "net", "check", "autostart", "fastpath"), 3),
-    **dict.fromkeys(("images", "lifecycle"), 5),
+    **dict.fromkeys(("agent", "session", "terminal", "engine", "net", "check", "autostart", "consolelog"), 3),
+    **dict.fromkeys(("images", "lifecycle", "api"), 5),
     **dict.fromkeys(("cli", "", "__main__"), 6),
 }  # fmt: skip
 
