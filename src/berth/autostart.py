@@ -50,8 +50,8 @@ def enable(layout: Layout) -> Autostart:
     return Autostart(unit, "enabled", _linger_notes())
 
 
-def disable() -> Autostart:
-    """Take the unit away; machines that run go on. Idempotent."""
+def disable(_layout: Layout) -> Autostart:
+    """Take the unit away; machines that run go on. Idempotent. (One unit serves whatever roots berth is used with.)"""
     unit = unit_path()
     if not unit.exists():
         return Autostart(unit, "absent")
@@ -90,7 +90,7 @@ def unit_text(command: tuple[str, ...], environment: dict[str, str], *, for_root
     (the network hub that the first machine brought up, machines started by hand meanwhile) serves others and must not
     be killed with it. Delegate: machines make control groups below ours. RemainAfterExit: there is no daemon to watch.
     """
-    what = " ".join(_quote(word) for word in command)
+    what = " ".join([_program(command[0]), *(_quote(word) for word in command[1:])])
     lines = ["[Unit]", "Description=berth machines that start by themselves"]
     if for_root:
         # Whoever loads a firewall flushes other tables on the way: be after them.
@@ -133,6 +133,13 @@ def _quote(word: str, *, dollar: str = "$$") -> str:
     escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", dollar)
     plain = escaped == word and word and not set(word) & set(" \t';")
     return word if plain else f'"{escaped}"'
+
+
+def _program(path: str) -> str:
+    # Source: systemd.service(5): no variable is substituted in the first word; load-fragment.c refuses quotes in it.
+    if set(path) & set("\"'\\"):
+        raise BerthError(f"systemd starts no program whose path holds quotes or backslashes: {path}")
+    return _quote(path, dollar="$")
 
 
 def _wanted_by(unit: Path) -> Path:

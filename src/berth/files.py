@@ -57,7 +57,7 @@ def load_json(path: Path, *, schema: int) -> dict[str, object]:
     """
     try:
         document: object = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StateFormatError(f"{path} is damaged: {error}") from error
     if not isinstance(document, dict):
         raise StateFormatError(f"{path} is damaged: it is no JSON object")

@@ -52,9 +52,21 @@ class ImageReference:
     @property
     def familiar(self) -> str:
         """The short form people type: ``debian:12`` for ``docker.io/library/debian:12``."""
-        return (
-            str(self).removeprefix("docker.io/").removeprefix("library/") if self.transport == "docker" else str(self)
-        )
+        text = str(self)
+        if self.transport == "docker":
+            for prefix in ("docker.io/library/", "docker.io/"):
+                short = text.removeprefix(prefix)
+                # Only where it means the same: docker.io/my.corp/app must not become a registry called my.corp.
+                if short != text and _is_same(short, self):
+                    return short
+        return text
+
+
+def _is_same(text: str, reference: ImageReference) -> bool:
+    try:
+        return parse_reference(text) == reference
+    except InvalidArgumentError:
+        return False
 
 
 def parse_reference(text: str) -> ImageReference:
