@@ -1,0 +1,92 @@
+"""Fixtures of the integration tests: real machines, as root and as an ordinary user, through the command line.
+
+Machines are shared by all tests of a session (`debian`, `alpine`): a test leaves them as it found them, or makes its
+own with `machine`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import pytest
+
+from ordinary import Ordinary
+from person import Person, as_ordinary, as_root
+from support import need
+
+SHARED_IMAGES = Path("/work/shared/images")
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session", params=["root", "user"])
+def person(request: pytest.FixtureRequest, session: Path, agent_binary: Path) -> Generator[Person]:
+    """Who runs berth: root, and an ordinary user. Everything of theirs is taken down at the end."""
+    del agent_binary  # built before anybody starts a machine
+    for feature in ("crun", "net"):
+        need(feature)
+    if request.param == "root":
+        need("root")
+        someone = as_root(session / "root")
+    else:
+        ordinary: Ordinary = request.getfixturevalue("ordinary_user")
+        someone = as_ordinary(ordinary)
+    yield someone
+    someone.take_down()
+
+
+@pytest.fixture(scope="session")
+def debian(person: Person, debian_tar: Path) -> str:
+    """A running Debian 12 machine (systemd) that all tests share."""
+    person.berth("create", f"rootfs:{debian_tar}", "--name", "debian", timeout_s=180)
+    person.berth("wait", "debian", "--for", "init", "--timeout", "60")
+    return "debian"
+
+
+@pytest.fixture(scope="session")
+def alpine_tar() -> Path:
+    path = SHARED_IMAGES / "alpine-minirootfs-3.20.3-x86_64.tar.gz"
+    if not path.exists():
+        path = Path(__file__).parents[3] / "shared/images" / path.name
+    if not path.exists():
+        pytest.skip(f"needs the Alpine root file system {path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def alpine(person: Person, alpine_tar: Path) -> str:
+    """A running Alpine machine (busybox init) that all tests share."""
+    person.berth("create", f"rootfs:{alpine_tar}", "--name", "alpine")
+    return "alpine"
+
+
+@pytest.fixture
+def machine(person: Person, alpine: str, alpine_tar: Path) -> Generator[Callable[..., str]]:
+    """Make machines of the test's own (from the Alpine image, already unpacked), removed afterwards."""
+    del alpine
+    made: list[str] = []
+
+    def make(*options: str) -> str:
+        name = f"own-{next(_numbers)}"
+        made.append(name)
+        person.berth("create", f"rootfs:{alpine_tar}", "--name", name, *options)
+        return name
+
+    yield make
+    for name in made:
+        person.try_berth("rm", "--force", name)
+
+
+@pytest.fixture
+def project(person: Person) -> Generator[Path]:
+    """A folder with a file in the person's home."""
+    folder = person.home / f"berth test {os.getpid()}"
+    folder.mkdir()
+    (folder / "hello.txt").write_text("hello from the host\n")
+    for path in (folder, folder / "hello.txt"):
+        os.chown(path, person.uid, -1)
+    yield folder
+    shutil.rmtree(folder)
