@@ -82,8 +82,6 @@ def show_error(error: Exception, *, failed: int | None = None) -> int:
 def say(line: str) -> None:
     """Print a line for the person, on stderr. What stderr cannot encode is printed as escapes."""
     stream = sys.stderr
-    if stream is None:  # pyright: ignore[reportUnnecessaryComparison]  (None when started with `2>&-`)
-        return
     try:
         stream.write(line.encode(stream.encoding or "utf-8", "backslashreplace").decode(stream.encoding or "utf-8"))
         stream.write("\n")
@@ -115,11 +113,12 @@ def _one_line(text: str) -> str:
 
 def _fill_standard_files() -> None:
     """Open /dev/null where we were started without stdin, stdout or stderr (`<&-`), lest a socket take its number."""
-    for fd in (0, 1, 2):
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+            setattr(sys, name, open(fd, "w" if fd else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def _forget_stdout() -> None:

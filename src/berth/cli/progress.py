@@ -75,6 +75,7 @@ class Bar:
     ) -> None:
         self._stream = stream
         self._clock = clock
+        self._bold = colour_wanted(stream)
         self._columns = columns or (lambda: shutil.get_terminal_size().columns)
         self._transfer = Transfer(clock)
         self._step = ""
@@ -105,7 +106,7 @@ class Bar:
         tail = self._transfer.describe()
         room = self._columns() - 1
         line = _printable(f"{self._step}  {tail}" if tail else f"{self._step} …")[:room]
-        if colour_wanted(self._stream) and line.startswith(self._step):
+        if self._bold and line.startswith(self._step):
             line = f"\033[1m{self._step}\033[m{line[len(self._step) :]}"
         self._write(f"\r\033[K{line}")
 
@@ -146,7 +147,7 @@ class Transfer:
     def _rate(self) -> float:
         """Return bytes per second over the last samples; 0 while nobody can tell."""
         (start, before), (end, after) = self._samples[0], self._samples[-1]
-        return max(0.0, (after - before) / (end - start)) if end > start else 0.0
+        return max(0.0, (after - before) / (end - start)) if end - start >= _REDRAW_S else 0.0
 
 
 def _duration(seconds: float) -> str:
