@@ -12,7 +12,7 @@ import pwd
 import socket
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from berth import userns
@@ -21,7 +21,7 @@ from berth.layout import Layout
 from berth.log import log
 from berth.net import attach, firewall, hub, plan, record
 from berth.net.addresses import bridge_name
-from berth.net.processes import Process, end, find_by_argument, identify, network_namespace
+from berth.net.processes import Process, end, find_programs, identify
 from berth.net.record import Record
 from berth.net.subnet import Subnet
 from berth.proc import find_program, run
@@ -74,21 +74,16 @@ class Assembly:
     def _ensure_namespaces(self) -> None:
         if self.record.holder is not None and self.record.holder.alive():
             return
-        command = self._holder or hub.holder_command(self._layout)
-        member = self._living_member()
-        if member is not None:
-            self.record.holder = hub.start_beside(command, member)
-        else:
-            self._forget_namespaces()
-            relatives = [machine.process for machine in record.running_machines(self._layout)]
-            self.record.holder = hub.start_new(command, relatives)
-        record.save(self._layout, self.record)  # at once: what nobody knows of, nobody ends
+        self.record.holder = next(iter(hub.find_holders(self._layout)), None) or self._start_holder()
+        record.save(self._layout, self.record)  # at once, whatever fails after it
 
-    def _living_member(self) -> Process | None:
-        """Find a process that is still inside: dnsmasq, also one that the record does not know."""
-        known = self.record.dnsmasq
-        member = known if known is not None and known.alive() else find_dnsmasq(self._layout)
-        return member if member is not None and network_namespace(member.pid) != network_namespace() else None
+    def _start_holder(self) -> Process:
+        command = self._holder or hub.holder_command(self._layout)
+        for dnsmasq in find_dnsmasq(self._layout):
+            return hub.start_beside(command, dnsmasq)
+        self._forget_namespaces()
+        relatives = [machine.process for machine in record.running_machines(self._layout)]
+        return hub.start_new(command, relatives)
 
     def _forget_namespaces(self) -> None:
         """Everything inside is gone with the namespaces; pasta, which only looks into them, is ended."""
@@ -169,7 +164,10 @@ class Assembly:
         if self.record.holder is None or now < self.record.retry_pasta:
             return self.record.notes.get("uplink", "no internet in machines: pasta failed a moment ago")
         pid_file = pasta_pid_file(self._layout)
-        argv = plan.pasta_command(self.record.holder.pid, pid_file=pid_file, log=self._layout.hub / "pasta.log")
+        argv = plan.pasta_command(
+            self.record.holder.pid, forward_dns=bool(self._host_resolver()),
+            pid_file=pid_file, log=self._layout.hub / "pasta.log",
+        )  # fmt: skip
         try:
             run(argv, timeout_s=_START_S)  # it returns when the uplink stands, and goes on in the background
         except DeadlineError as error:
@@ -215,7 +213,7 @@ class Assembly:
         """List whom machines ask for names: our dnsmasq, else the best that they can reach."""
         if self.record.dnsmasq is not None:
             return [self._subnet.gateway]
-        if self.record.pasta is not None:
+        if self.record.pasta is not None and self.record.resolver:
             return [plan.FORWARDED_DNS]
         # systemd-resolved keeps the list of whom it asks itself.
         texts = (self._resolv_conf, read_text(Path("/run/systemd/resolve/resolv.conf")))
@@ -256,20 +254,22 @@ def pasta_pid_file(layout: Layout) -> Path:
     return layout.hub / "pasta.pid"
 
 
-def find_dnsmasq(layout: Layout) -> Process | None:
+def find_dnsmasq(layout: Layout) -> list[Process]:
     """Find our dnsmasq by the pid file that it was told, wherever the record has gone."""
-    return find_by_argument(f"--pid-file={dnsmasq_pid_file(layout)}")
+    return find_programs("dnsmasq", f"--pid-file={dnsmasq_pid_file(layout)}")
 
 
 def stop_dnsmasq(layout: Layout, found: Record) -> None:
     """End our dnsmasq, known to the record or not."""
-    _stop(found.dnsmasq, lambda: find_dnsmasq(layout))
+    for process in find_dnsmasq(layout):
+        end(process)
     found.dnsmasq = None
 
 
 def stop_pasta(layout: Layout, found: Record) -> None:
     """End our pasta, known to the record or not."""
-    _stop(found.pasta, lambda: find_by_argument(str(pasta_pid_file(layout))))
+    for process in find_programs("pasta", str(pasta_pid_file(layout))):
+        end(process)
     found.pasta = None
 
 
@@ -288,14 +288,6 @@ def read_text(path: Path) -> str:
         return path.read_text(errors="replace")
     except OSError:
         return ""
-
-
-def _stop(known: Process | None, find: Callable[[], Process | None]) -> None:
-    if known is not None and known.alive():
-        end(known)
-    stray = find()
-    if stray is not None:
-        end(stray)
 
 
 def _read_pid(path: Path) -> Process | None:

@@ -16,7 +16,7 @@ from berth import userns
 from berth.agentbinary import find_agent
 from berth.errors import BerthError, DeadlineError
 from berth.layout import Layout
-from berth.net.processes import Process, every_process, identify, network_namespace
+from berth.net.processes import Process, every_process, find_programs, identify, network_namespace
 from berth.proc import spawn
 
 # Source: ioctl_ns(2).
@@ -25,8 +25,16 @@ _START_S = 5.0
 
 
 def holder_command(layout: Layout) -> list[str]:
-    """Say what holds the hub: the smallest part of the agent, which does nothing. Raises UnsupportedError."""
-    return [str(find_agent(layout)), "pause"]
+    """Say what holds the hub: the smallest part of the agent, which does nothing. Raises UnsupportedError.
+
+    It does not read its argument: that is for `find_holders`, and for whoever looks at `ps`.
+    """
+    return [str(find_agent(layout)), "pause", str(layout.hub)]
+
+
+def find_holders(layout: Layout) -> list[Process]:
+    """Find living holders, also those that the record has lost."""
+    return find_programs("berth-agent", str(layout.hub))
 
 
 def start_new(command: Sequence[str], relatives: Sequence[Process]) -> Process:
@@ -48,12 +56,8 @@ def start_new(command: Sequence[str], relatives: Sequence[Process]) -> Process:
 
 
 def start_beside(command: Sequence[str], member: Process) -> Process:
-    """Find or start a holder in the namespaces of `member`, which is not one. Raises BerthError."""
+    """Start a holder in the namespaces of `member`. Raises BerthError."""
     namespace = network_namespace(member.pid)
-    for pid in members(namespace):
-        process = identify(pid)
-        if process not in (None, member):
-            return process
     return _start(userns.enter_command(member.pid, command), lambda found: found == namespace)
 
 

@@ -161,7 +161,9 @@ def _remove_from_host(layout: Layout) -> None:
 
 def _end_hub(layout: Layout, found: record.Record) -> None:
     """End whatever stands in the hub's network namespace, then pasta, which stands beside it."""
-    known = [process for process in (found.holder, found.dnsmasq, find_dnsmasq(layout)) if process and process.alive()]
+    known = [*hub.find_holders(layout), *find_dnsmasq(layout)]
+    if found.holder is not None and found.holder.alive():
+        known.append(found.holder)
     namespaces = {network_namespace(process.pid) for process in known} - {network_namespace()}
     for namespace in namespaces:
         for pid in hub.members(namespace):

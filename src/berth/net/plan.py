@@ -64,6 +64,7 @@ def table_name(bridge: str) -> str:
 def nat_rules(bridge: str, table: str, subnet: Subnet) -> str:
     """Say the nft rules of routing: out by masquerade, in only as an answer, or where somebody forwards a port.
 
+    The gateway's own address, where dnsmasq answers, is for machines and the host alone.
     Applying them replaces those of before, in one transaction.
     """
     return f"""\
@@ -83,6 +84,7 @@ table inet {table} {{
 	chain input {{
 		type filter hook input priority filter; policy accept;
 		iifname "{bridge}" ip saddr != {subnet} drop
+		iifname != {{ "lo", "{bridge}" }} ip daddr {subnet} drop
 	}}
 	chain postrouting {{
 		type nat hook postrouting priority srcnat; policy accept;
@@ -156,9 +158,11 @@ def dnsmasq_command(bridge: str, *, hosts: Path, pid_file: Path, log: Path, user
     ]  # fmt: skip
 
 
-def pasta_command(holder: int, *, pid_file: Path, log: Path) -> list[str]:
+def pasta_command(holder: int, *, forward_dns: bool, pid_file: Path, log: Path) -> list[str]:
     """Say how to start the hub's uplink, for all machines of a user.
 
+    forward_dns: answer on FORWARDED_DNS by asking the host's resolver. Not where that can be reached without: of early
+    2023 (Debian 12), pasta then lets *all* of the resolver's answers come from that address, asked for or not.
     No port is forwarded either way and the gateway's address is not the host's loopback: a service that the user bound
     to 127.0.0.1 stays out of the machines' reach.
     """
@@ -167,7 +171,7 @@ def pasta_command(holder: int, *, pid_file: Path, log: Path) -> list[str]:
         "--config-net", "--ipv4-only", "--ns-ifname", UPLINK,
         "--userns", f"/proc/{holder}/ns/user", "--netns", f"/proc/{holder}/ns/net",
         "--tcp-ports", "none", "--udp-ports", "none", "--tcp-ns", "none", "--udp-ns", "none",
-        "--no-map-gw", "--dns-forward", FORWARDED_DNS,
+        "--no-map-gw", *(["--dns-forward", FORWARDED_DNS] if forward_dns else []),
         "--pid", str(pid_file), "--log-file", str(log),
     ]  # fmt: skip
 

@@ -49,14 +49,21 @@ def every_process() -> Iterator[int]:
     return (int(name) for name in os.listdir("/proc") if name.isdecimal())
 
 
-def find_by_argument(argument: str) -> Process | None:
-    """Find a process one of whose arguments is exactly this."""
-    wanted = os.fsencode(argument)
+def find_programs(program: str, argument: str) -> list[Process]:
+    """Find processes of ours whose program's name begins with `program`, with exactly `argument` among its arguments.
+
+    Ours: those that we may signal. Anybody on the host can give a process these words.
+    """
+    name, wanted = os.fsencode(program), os.fsencode(argument)
+    found: list[Process] = []
     for pid in every_process():
         with contextlib.suppress(OSError):
-            if wanted in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
-                return identify(pid)
-    return None
+            argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if wanted in argv[1:] and os.path.basename(argv[0]).startswith(name):
+                os.kill(pid, 0)
+                process = identify(pid)
+                found += [process] if process is not None else []
+    return found
 
 
 def send(process: Process, number: signal.Signals) -> bool:
