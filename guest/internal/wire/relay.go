@@ -7,13 +7,13 @@ import (
 	"sync"
 	"syscall"
 	"time"
+	"unsafe"
 )
 
-// fullReads is how many reads in a row must fill a pipe before it is made larger, and pipeSize how large: a short
+// bulkBytes is how much must have come out of a pipe before it is made larger, and pipeSize how large: a short
 // command pays nothing, and the bytes of pipes that one user may have (64 MiB) last for many bulk ones.
 const (
-	fullReads = 8
-	fullSize  = 60 << 10
+	bulkBytes = 4 << 20
 	pipeSize  = 512 << 10
 )
 
@@ -38,7 +38,7 @@ func (s *Stream) FinishWithFile(message any, file *os.File) error {
 // SendFrom sends what it reads from source until the end of file, without sending that end. It holds no buffer while
 // there is nothing to read. One of the errors, or neither: reading failed (also at the source's deadline), or sending.
 func (s *Stream) SendFrom(kind Kind, source *Socket) (readErr, sendErr error) {
-	want, full := smallBuffer-HeaderSize, 0
+	want, total := smallBuffer-HeaderSize, 0
 	for {
 		reserved, err := s.Reserve(kind, want)
 		if err != nil {
@@ -60,10 +60,10 @@ func (s *Stream) SendFrom(kind Kind, source *Socket) (readErr, sendErr error) {
 		if want = smallBuffer - HeaderSize; size >= want {
 			want = MaxData
 		}
-		if full++; size < fullSize {
-			full = 0
-		} else if full == fullReads {
-			source.growPipe()
+		if total < bulkBytes {
+			if total += size; total >= bulkBytes {
+				source.growPipe()
+			}
 		}
 	}
 }
@@ -93,6 +93,42 @@ func (s *Socket) readFrame(want int) (*Buffer, int, error) {
 		return nil, 0, err
 	}
 	return buffer, count, nil
+}
+
+// SendReady sends what can be read from a source without waiting at this moment, whatever its deadline: after that,
+// who goes on writing into it is not listened to.
+func (s *Stream) SendReady(kind Kind, source *Socket) error {
+	for left := source.ready(); left > 0; {
+		reserved, err := s.Reserve(kind, min(left, MaxData))
+		if err != nil {
+			return err
+		}
+		buffer := getBuffer(HeaderSize + reserved)
+		size := source.readNow(buffer.Bytes[HeaderSize : HeaderSize+reserved])
+		err = s.SendFrame(kind, buffer.Bytes, size, reserved)
+		buffer.Release()
+		if err != nil || size == 0 {
+			return err
+		}
+		left -= size
+	}
+	return nil
+}
+
+// ready says how many bytes wait to be read.
+func (s *Socket) ready() int {
+	count := int32(0)
+	_ = s.raw.Control(func(fd uintptr) {
+		_, _, _ = syscall.Syscall(syscall.SYS_IOCTL, fd, syscall.TIOCINQ, uintptr(unsafe.Pointer(&count)))
+	})
+	return int(count)
+}
+
+// readNow reads without waiting; 0 when there is nothing.
+func (s *Socket) readNow(data []byte) int {
+	count := 0
+	_ = s.raw.Control(func(fd uintptr) { count, _ = syscall.Read(int(fd), data) })
+	return max(count, 0)
 }
 
 // growPipe makes a pipe larger where the system lets us; other sources are left as they are.

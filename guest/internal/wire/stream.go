@@ -26,6 +26,7 @@ type Stream struct {
 	mutex    sync.Mutex
 	changed  sync.Cond
 	flow     Flow
+	stopped  [4]bool // nothing more is sent of a kind
 	data     [4]queue
 	messages []Message
 	err      error // why it ended; nil while it is open
@@ -276,6 +277,14 @@ func (s *Stream) StopReading(kind Kind) {
 	s.consumed(kind, size)
 }
 
+// StopWriting makes Reserve of a kind fail with io.ErrClosedPipe: the peer reads no more of it. CloseWrite still works.
+func (s *Stream) StopWriting(kind Kind) {
+	s.mutex.Lock()
+	defer s.mutex.Unlock()
+	s.stopped[kind] = true
+	s.changed.Broadcast()
+}
+
 // Reserve waits for credit of a kind and takes up to want bytes of it, for SendFrame. It fails when the stream ends.
 func (s *Stream) Reserve(kind Kind, want int) (int, error) {
 	s.mutex.Lock()
@@ -283,6 +292,9 @@ func (s *Stream) Reserve(kind Kind, want int) (int, error) {
 	for {
 		if s.err != nil {
 			return 0, s.err
+		}
+		if s.stopped[kind] {
+			return 0, io.ErrClosedPipe
 		}
 		if count := s.flow.Reserve(kind, min(want, MaxData)); count > 0 {
 			return count, nil
