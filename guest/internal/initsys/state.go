@@ -28,7 +28,7 @@ func (i *Init) Look() string {
 		return Running
 	case i.System == Other:
 		return Unknown
-	case i.beforeExec():
+	case i.BeforeExec():
 		return Starting
 	case i.System == OpenRC && exists(i.root+"/run/openrc"):
 		return i.lookOpenRC()
@@ -38,8 +38,8 @@ func (i *Init) Look() string {
 	return i.lookActions()
 }
 
-// beforeExec: process 1 is still `agent boot`.
-func (i *Init) beforeExec() bool {
+// BeforeExec: process 1 is still `agent boot`.
+func (i *Init) BeforeExec() bool {
 	own, errOwn := os.Stat(i.root + "/proc/self/exe")
 	first, errFirst := os.Stat(i.root + "/proc/1/exe")
 	return errOwn == nil && errFirst == nil && os.SameFile(own, first)

@@ -1,0 +1,23 @@
+// Package pause is `agent pause`: a process that does nothing but hold the namespaces it was started in, for the
+// network hub of an ordinary user.
+package pause
+
+import (
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"syscall"
+
+	"berth.dev/guest/internal/files"
+)
+
+// Main closes what was inherited beyond the standard files, ignores what a terminal sends, and ends at SIGTERM.
+func Main() int {
+	files.CloseInherited()
+	signal.Ignore(syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTSTP)
+	end := make(chan os.Signal, 1)
+	signal.Notify(end, syscall.SIGTERM)
+	debug.FreeOSMemory()
+	<-end
+	return 0
+}
