@@ -15,7 +15,11 @@ from berth.errors import CommandError
 from support import ROOT, need
 
 _DEADLINE_S = 600.0
-PYTHON = ["src", "tests", "hatch_build.py"]
+# What only ever runs on Linux, and so need not be right for a Mac: below src/berth.
+LINUX_ONLY = (
+    "engine/crun/", "net/", "check/", "userns.py", "inside.py", "syscalls.py", "rooted.py", "oci/layer.py",
+    "oci/bootstrap.py", "oci/unpack.py",
+)  # fmt: skip
 SCRIPTS = sorted(path for folder in ("script", ".ci") for path in (ROOT / folder).glob("*"))
 # Names of places where packages are fetched from, in two halves so that this file does not name them either: what
 # berth needs is found through the machine's own configuration.
@@ -60,9 +64,16 @@ def test_pyright() -> None:
     check([tool("pyright"), "--pythonpath", sys.executable])
 
 
-@pytest.mark.parametrize("platform", ["linux", "darwin"])
-def test_mypy(platform: str) -> None:
-    check([tool("mypy"), "--platform", platform, *PYTHON])
+def test_mypy_for_linux() -> None:
+    check([tool("mypy"), "--platform", "linux", "src", "tests", "hatch_build.py"])
+
+
+def test_mypy_for_macos() -> None:
+    """The rest is to run on a Mac one day; what it imports from the Linux side is only followed for its types."""
+    package = ROOT / "src/berth"
+    names = [str(path.relative_to(package)) for path in sorted(package.rglob("*.py"))]
+    portable = [f"src/berth/{name}" for name in names if not name.startswith(LINUX_ONLY)]
+    check([tool("mypy"), "--platform", "darwin", "--follow-imports", "silent", *portable])
 
 
 @pytest.mark.shellcheck

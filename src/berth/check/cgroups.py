@@ -73,7 +73,7 @@ def look(place: Place) -> Groups:
 def is_manager_reachable(place: Place) -> bool:
     """Say whether the systemd that would make a scope for this user answers."""
     runtime = Path("/run") if place.is_root else Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{place.uid}")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(_DEADLINE_S)
         try:
             sock.connect(os.fsencode(runtime / "systemd/private"))
