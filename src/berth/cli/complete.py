@@ -74,7 +74,7 @@ def _of_command(parser: Parser, rest: Sequence[str], current: str, *, is_run: bo
     flag, equals, value = current.partition("=")
     if equals and not ended and flag in options:
         return (f"{flag}={item}" for item in _values(parser, options[flag], value) if not item.startswith(":"))
-    if is_run and (plain or ended):
+    if is_run and (plain or ended or not current.startswith("-")):
         return iter((":file",))
     if current.startswith("-") and not ended:
         return (f"{flag}\t{action.help}" for flag, action in options.items())
@@ -118,10 +118,13 @@ def _machines() -> Iterator[str]:
 
 
 def _images(current: str) -> Iterator[str]:
+    from berth.cli.image import familiar_name
     from berth.images import Images
 
     for image in Images(Layout.from_environment()).list():
-        yield image.reference
+        name = familiar_name(image)
+        if image.reference:
+            yield name if name.startswith(current) else image.reference
     if not current or current.startswith(("oci", "docker-archive", "rootfs", "bootstrap")):
         yield from ("oci:", "oci-archive:", "docker-archive:", "rootfs:", "bootstrap:debian/")
     if current.partition(":")[0] in ("oci", "oci-archive", "docker-archive", "rootfs") and ":" in current:

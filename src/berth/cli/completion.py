@@ -12,7 +12,7 @@ from berth.cli.parser import Handler, Parser
 BASH = r"""# berth completion for bash. Use it: eval "$(berth completion bash)"
 _berth() {
     # Whole words: bash splits at ':' and '=', which image names and settings have in them.
-    local line="${COMP_LINE:0:COMP_POINT}" word current prefix candidate
+    local line="${COMP_LINE:0:COMP_POINT}" word current breaks="" prefix="" candidate
     local -a words
     COMPREPLY=()
     if declare -F _get_comp_words_by_ref >/dev/null; then
@@ -26,14 +26,9 @@ _berth() {
     fi
     current="${words[${#words[@]}-1]}"
     # What of the word readline will not replace, because it ends at a break character.
-    prefix="$current"
-    [[ $COMP_WORDBREAKS != *:* ]] && prefix="${prefix//:/}"
-    [[ $COMP_WORDBREAKS != *=* ]] && prefix="${prefix//=/}"
-    if [[ $prefix == *[:=]* ]]; then
-        prefix="${current%"${current##*[:=]}"}"
-    else
-        prefix=""
-    fi
+    [[ $COMP_WORDBREAKS == *:* ]] && breaks+=":"
+    [[ $COMP_WORDBREAKS == *=* ]] && breaks+="="
+    [[ -n $breaks && $current == *[$breaks]* ]] && prefix="${current%"${current##*[$breaks]}"}"
     while IFS= read -r candidate; do
         case $candidate in
         :file | :directory)

@@ -29,8 +29,12 @@ def _start(parser: Parser) -> Handler:
 def _do_start(args: argparse.Namespace) -> int:
     machines = common.machines()
     names = common.chosen(args, lambda: [info.name for info in machines.list()])
-    with progress.display(args.progress) as shown:
-        return common.for_each(names, lambda name: machines.start(name, progress=shown))
+
+    def deed(name: MachineName) -> None:
+        with progress.display(args.progress) as shown:
+            machines.start(name, progress=shown)
+
+    return common.for_each(names, deed)
 
 
 def _stop(parser: Parser) -> Handler:
@@ -94,10 +98,11 @@ def _do_restart(args: argparse.Namespace) -> int:
     machines = common.machines()
     names = common.chosen(args, lambda: [info.name for info in machines.list() if info.status != "stopped"])
 
-    with progress.display(args.progress) as shown:
-        return common.for_each(
-            names, lambda name: machines.restart(name, force=args.force, timeout_s=args.timeout, progress=shown)
-        )
+    def deed(name: MachineName) -> None:
+        with progress.display(args.progress) as shown:
+            machines.restart(name, force=args.force, timeout_s=args.timeout, progress=shown)
+
+    return common.for_each(names, deed)
 
 
 def _rm(parser: Parser) -> Handler:

@@ -1,0 +1,294 @@
+"""`berth image …`: the image store."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from berth.cli import common, progress
+from berth.cli.main import say
+from berth.cli.output import emit, emit_json, emit_table, time_cell, write
+from berth.cli.parser import FILE, IMAGE, Handler, Parser, add_format
+from berth.config import parse_platform
+from berth.errors import BerthError, InvalidArgumentError
+from berth.names import parse_reference
+from berth.units import format_size
+
+if TYPE_CHECKING:
+    from berth.images import Images, StoredImage
+
+_SHORT = 19  # "sha256:" and 12 digits: enough to name an image by
+
+
+def _images() -> Images:
+    from berth.images import Images
+    from berth.layout import Layout
+
+    return Images(Layout.from_environment())
+
+
+def familiar_name(image: StoredImage) -> str:
+    """Return what people call an image: its short name, or its digest when it has none."""
+    if not image.reference:
+        return image.digest
+    try:
+        return parse_reference(image.reference).familiar
+    except BerthError:
+        return image.reference
+
+
+def _add_platform(parser: Parser) -> None:
+    parser.option("--platform", metavar="OS/ARCH", help="the image for this platform (linux/arm64)")
+
+
+def _platform(args: argparse.Namespace) -> str | None:
+    return None if args.platform is None else parse_platform(args.platform)
+
+
+def _ls(parser: Parser) -> Handler:
+    parser.describe(
+        """
+        Lists the images in the store. The store is a standard OCI image layout, so skopeo and buildah can read it.
+        """,
+        examples=(("berth image ls", "a table"), ("berth image ls -q", "the references alone")),
+        more="""
+        In JSON each image has the keys reference (in full), digest, platform, size (bytes), createdDate, annotations
+        and problem.
+        """,
+    )
+    add_format(parser)
+    parser.add_common()
+    return _do_ls
+
+
+def _do_ls(args: argparse.Namespace) -> int:
+    images = sorted(_images().list(), key=lambda image: (not image.reference, image.reference))
+    if args.format == "json":
+        emit_json([image.reference or image.digest if args.quiet else image.to_json() for image in images])
+    elif args.quiet:
+        for image in images:
+            emit(familiar_name(image))
+    else:
+        headings = ("REFERENCE", "DIGEST", "PLATFORM", "SIZE", "CREATED", "PROBLEM")
+        columns = len(headings) if any(image.problem for image in images) else len(headings) - 1
+        emit_table(headings[:columns], [_row(image)[:columns] for image in images])
+    return 0
+
+
+def _row(image: StoredImage) -> tuple[str, ...]:
+    name = familiar_name(image) if image.reference else ""
+    size = format_size(image.size) if image.size else ""
+    return name, image.digest[:_SHORT], image.platform, size, time_cell(image.created), image.problem
+
+
+def _pull(parser: Parser) -> Handler:
+    parser.describe(
+        """
+        Brings an image into the store, if it is not there already, and prints its reference. 'berth create' does that
+        by itself.
+        """,
+        examples=(
+            ("berth image pull debian:12", "from its registry, or bootstrapped where that can't be reached"),
+            ("berth image pull oci-archive:./image.tar", "from a file"),
+        ),
+        more="'berth create --help' says how references are written.",
+    )
+    parser.argument("image", metavar="IMAGE", kind=IMAGE, help="what to bring")
+    _add_platform(parser)
+    parser.add_common(progress=True)
+    return _do_pull
+
+
+def _do_pull(args: argparse.Namespace) -> int:
+    with progress.display(args.progress) as shown:
+        image = _images().ensure(args.image, platform=_platform(args), progress=shown)
+    emit(familiar_name(image))
+    return 0
+
+
+def _inspect(parser: Parser) -> Handler:
+    parser.describe(
+        "Prints an image as a JSON object: its references, digest, platform, size, manifest and configuration.",
+        examples=(("berth image inspect debian:12 | jq .config.config.Env", "its environment"),),
+    )
+    parser.argument("image", metavar="IMAGE", kind=IMAGE, help="by reference, digest, or the start of its digest")
+    parser.add_common()
+    return _do_inspect
+
+
+def _do_inspect(args: argparse.Namespace) -> int:
+    emit_json(_images().inspect(args.image))
+    return 0
+
+
+def _tag(parser: Parser) -> Handler:
+    parser.describe(
+        "Gives an image another name, and prints that. Another image that had the name stays without it.",
+        examples=(("berth image tag debian:12 base:latest", "the same image under a name of yours"),),
+    )
+    parser.argument("source", metavar="IMAGE", kind=IMAGE, help="by reference, digest, or the start of its digest")
+    parser.argument("reference", metavar="NAME", kind=IMAGE, help="its new name")
+    parser.add_common()
+    return _do_tag
+
+
+def _do_tag(args: argparse.Namespace) -> int:
+    emit(familiar_name(_images().tag(args.source, args.reference)))
+    return 0
+
+
+def _rm(parser: Parser) -> Handler:
+    parser.describe(
+        """
+        Removes names of images, and with its last name the image; a digest removes the image with all its names. What
+        was removed is printed. An image that a machine was made from is kept, with an error, until the machine is
+        deleted.
+        """,
+        examples=(("berth image rm debian:11", "what you do not use any more"),),
+    )
+    parser.argument("images", nargs="+", metavar="IMAGE", kind=IMAGE, help="by reference or digest")
+    parser.add_common()
+    return _do_rm
+
+
+def _do_rm(args: argparse.Namespace) -> int:
+    for removed in _images().remove(args.images, common.machines().images_in_use):
+        emit(removed)
+    return 0
+
+
+def _prune(parser: Parser) -> Handler:
+    parser.describe(
+        """
+        Removes the images that have no name any more and that no machine was made from, prints their digests, and
+        says how much disk that won.
+        """,
+        examples=(("berth image prune --all", "also named images that no machine was made from"),),
+    )
+    parser.option("-a", "--all", action="store_true", help="also images with a name")
+    parser.add_common()
+    return _do_prune
+
+
+def _do_prune(args: argparse.Namespace) -> int:
+    removed, freed = _images().prune(common.machines().images_in_use, unused=args.all)
+    for digest in removed:
+        emit(digest)
+    say(f"{format_size(freed)} freed")
+    return 0
+
+
+def _load(parser: Parser) -> Handler:
+    parser.describe(
+        """
+        Reads all images of an archive into the store and prints their references: a docker-archive ('docker save') or
+        an oci-archive, compressed or not.
+        """,
+        examples=(
+            ("berth image load image.tar", "from a file"),
+            ("docker save debian:12 | berth image load -", "from a pipe"),
+        ),
+    )
+    parser.argument("file", metavar="FILE|-", kind=FILE, help="the archive; - for stdin")
+    parser.add_common(progress=True)
+    return _do_load
+
+
+def _do_load(args: argparse.Namespace) -> int:
+    if args.file == "-" and sys.stdin.isatty():
+        raise InvalidArgumentError("stdin is a terminal, not an archive", hint="berth image load FILE")
+    file = Path("/dev/stdin" if args.file == "-" else args.file)
+    with progress.display(args.progress) as shown:
+        loaded = _images().load(file, progress=shown)
+    for reference in loaded:
+        emit(reference)
+    return 0
+
+
+def _save(parser: Parser) -> Handler:
+    parser.describe(
+        "Writes images to an oci-archive, which 'berth image load', skopeo and podman read, and prints nothing.",
+        examples=(
+            ("berth image save debian:12 -o debian.tar", "to a file"),
+            ("berth image save debian:12 -o - | ssh there berth image load -", "to another host"),
+        ),
+    )
+    parser.argument("images", nargs="+", metavar="IMAGE", kind=IMAGE, help="by reference or digest")
+    parser.option("-o", "--output", required=True, metavar="FILE|-", kind=FILE, help="the archive; - for stdout")
+    parser.add_common(progress=True)
+    return _do_save
+
+
+def _do_save(args: argparse.Namespace) -> int:
+    with progress.display(args.progress) as shown:
+        if args.output != "-":
+            _images().save(args.images, Path(args.output), progress=shown)
+            return 0
+        if os.isatty(1):
+            raise InvalidArgumentError("stdout is a terminal: no archive goes there", hint="berth image save -o FILE")
+        with _temporary_file() as file:
+            _images().save(args.images, file, progress=shown)
+            _copy_to_stdout(file)
+    return 0
+
+
+@contextlib.contextmanager
+def _temporary_file() -> Generator[Path]:
+    """Give a path on a disk that has room for images; what is there at the end is removed."""
+    import tempfile
+
+    from berth.files import make_private_directory
+    from berth.layout import Layout
+
+    cache = Layout.from_environment().cache
+    make_private_directory(cache)
+    with tempfile.TemporaryDirectory(dir=cache, prefix="save-") as folder:
+        yield Path(folder) / "image.tar"
+
+
+def _copy_to_stdout(file: Path) -> None:
+    with file.open("rb") as source:
+        while data := source.read(1 << 20):
+            write(data)
+
+
+def _import(parser: Parser) -> Handler:
+    parser.describe(
+        """
+        Makes an image of a root file system, an archive or a directory, names it, and prints the name.
+        """,
+        examples=(
+            ("berth image import alpine-minirootfs.tar.gz alpine:mine", "from an archive"),
+            ("berth image import ./rootfs box:latest", "from a directory"),
+        ),
+    )
+    parser.argument("source", metavar="ROOTFS", kind=FILE, help="a tar archive, compressed or not, or a directory")
+    parser.argument("reference", metavar="NAME", kind=IMAGE, help="what to call the image")
+    _add_platform(parser)
+    parser.add_common(progress=True)
+    return _do_import
+
+
+def _do_import(args: argparse.Namespace) -> int:
+    with progress.display(args.progress) as shown:
+        image = _images().import_(Path(args.source), args.reference, platform=_platform(args), progress=shown)
+    emit(familiar_name(image))
+    return 0
+
+
+COMMANDS = {
+    "image ls": _ls,
+    "image pull": _pull,
+    "image inspect": _inspect,
+    "image tag": _tag,
+    "image rm": _rm,
+    "image prune": _prune,
+    "image load": _load,
+    "image save": _save,
+    "image import": _import,
+}
