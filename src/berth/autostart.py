@@ -50,7 +50,7 @@ def enable(layout: Layout) -> Autostart:
     return Autostart(unit, "enabled", _linger_notes())
 
 
-def disable() -> Autostart:
+def disable(_layout: Layout) -> Autostart:
     """Take the unit away; machines that run go on. Idempotent. (One unit serves whatever roots berth is used with.)"""
     unit = unit_path()
     if not unit.exists():

@@ -133,7 +133,7 @@ def test_with_systemd_it_is_told(user: Path, layout: Layout, monkeypatch: pytest
     assert told == [("daemon-reload",), ("enable", "berth.service")]
     assert "loginctl enable-linger no-such-user" in state.notes[0]
     told.clear()
-    assert autostart.disable().state == "absent"
+    assert autostart.disable(layout).state == "absent"
     assert told == [("disable", "berth.service"), ("daemon-reload",)]
     assert not (user / "berth.service").exists()
 
@@ -142,13 +142,13 @@ def test_disable_is_idempotent_and_takes_the_link_away(
     user: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     no_systemd(monkeypatch)
-    assert autostart.disable().state == "absent"
+    assert autostart.disable(layout).state == "absent"
     autostart.enable(layout)
     link = user / "default.target.wants/berth.service"
     link.parent.mkdir()
     link.symlink_to("../berth.service")
     assert autostart.status().state == "enabled"
-    assert autostart.disable().state == "absent"
+    assert autostart.disable(layout).state == "absent"
     assert not link.is_symlink()
     assert autostart.status().state == "absent"
 
