@@ -49,6 +49,8 @@ def guarded(work: Callable[[], int], *, debug: bool, failed: int | None = None) 
         return work()
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except SystemExit as end:  # argparse, when it has shown the help
+        return end.code if isinstance(end.code, int) else 0
     except BrokenPipeError as error:
         # Who read our output has left (`| head -1`): nothing to say, and nobody to say it to.
         if debug:

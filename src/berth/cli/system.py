@@ -130,7 +130,10 @@ def _do_start(args: argparse.Namespace) -> int:
 
 def _stop(parser: Parser) -> Handler:
     parser.describe(
-        "Shuts the machines down that are marked autostart, and prints their names.",
+        """
+        Shuts the machines down that are marked autostart, and prints their names. Other machines go on; 'berth stop
+        --all' shuts down all that run.
+        """,
         examples=(("berth system stop", "what 'berth system start' started"),),
     )
     parser.add_common()
@@ -196,7 +199,7 @@ def _do_autostart(args: argparse.Namespace) -> int:
     if args.deed == "enable":
         state = autostart.enable(Layout.from_environment())
     elif args.deed == "disable":
-        state = autostart.disable()
+        state = autostart.disable(Layout.from_environment())
     else:
         state = autostart.status()
     emit(f"{state.state} {state.unit}")
