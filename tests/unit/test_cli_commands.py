@@ -158,7 +158,7 @@ class TestHelp:
         assert "\nExamples:\n" in text
         assert "--debug" in text
         assert max(map(len, text.splitlines())) <= 110
-        assert len(text) > 400
+        assert len(text) > 350
 
     @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
     def test_every_option_is_explained(self, entry: commands.Entry) -> None:
