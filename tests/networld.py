@@ -195,9 +195,18 @@ class World:
                 if bind:
                     sock.bind((bind, 0))
                 sock.connect((ip, port))
-                return sock.recv(64).decode()
+                sock.sendall(b"0\n")
+                return _read_all(sock).decode() or None
         except OSError:
             return None
+
+    def exchange(self, source: int, ip: str, port: int, size: int) -> int:
+        """Send so many bytes to a server of ours, which sends them back; return how many came."""
+        with socket_in(source, socket.SOCK_STREAM) as sock:
+            sock.settimeout(20)
+            sock.connect((ip, port))
+            sock.sendall(f"{size}\n".encode() + b"x" * size)
+            return _read_all(sock).count(b"x")
 
     def resolve(self, source: int, server: str, name: str) -> str | None:
         """Ask for an address by DNS, from the namespace of `source`; None when there is none."""
@@ -280,12 +289,14 @@ def socket_in(pid: int, kind: int) -> socket.socket:
 
 @contextlib.contextmanager
 def serve_tcp(pid: int, ip: str, port: int) -> Generator[None]:
-    """Listen in the namespace of a process; say to each caller what its address is."""
+    """Listen in the namespace of a process: read a size and so many bytes; send the caller's address and the bytes."""
 
     def answer(sock: socket.socket) -> None:
         connection, caller = sock.accept()
-        with connection:
-            connection.sendall(str(caller[0]).encode())
+        with connection, connection.makefile("rb") as file:
+            connection.settimeout(10)
+            data = file.read(int(file.readline()))
+            connection.sendall(str(caller[0]).encode() + data)
 
     with socket_in(pid, socket.SOCK_STREAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -330,6 +341,11 @@ def _loop(sock: socket.socket, step: Callable[[socket.socket], None]) -> Generat
     finally:
         stop.set()
         thread.join()
+
+
+def _read_all(sock: socket.socket) -> bytes:
+    with sock.makefile("rb") as file:
+        return file.read()
 
 
 def question(name: str) -> bytes:

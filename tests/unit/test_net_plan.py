@@ -37,8 +37,11 @@ def test_cable() -> None:
     )
 
 
-def test_nat_rules() -> None:
-    assert plan.nat_rules("berth0", "berth", SUBNET) == (
+@pytest.mark.parametrize(
+    ("hub", "line"), [(False, ""), (True, '\t\tiifname "uplink" ct state invalid drop\n')], ids=["root", "hub"]
+)
+def test_nat_rules(hub: bool, line: str) -> None:
+    assert plan.nat_rules("berth0", "berth", SUBNET, hub=hub) == (
         """\
 table inet berth
 delete table inet berth
@@ -47,6 +50,7 @@ table inet berth {
 		type filter hook forward priority filter; policy accept;
 		iifname "berth0" ip saddr != 10.209.0.0/22 drop
 		iifname "berth0" oifname "berth0" accept
+		iifname "berth0" ct state invalid drop
 		iifname "berth0" tcp flags syn tcp option maxseg size set rt mtu
 		iifname "berth0" accept
 		oifname "berth0" ct state established,related accept
@@ -55,6 +59,9 @@ table inet berth {
 	}
 	chain input {
 		type filter hook input priority filter; policy accept;
+"""
+        + line
+        + """\
 		iifname "berth0" ip saddr != 10.209.0.0/22 drop
 		iifname != { "lo", "berth0" } ip daddr 10.209.0.0/22 drop
 	}

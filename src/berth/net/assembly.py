@@ -130,7 +130,7 @@ class Assembly:
         known = self.record.rules and docker == self.record.docker
         if known and (self._user or firewall.rules_present(self._table, self.inside)):
             return
-        notes = firewall.apply_rules(self.bridge, self._table, self._subnet, self.inside)
+        notes = firewall.apply_rules(self.bridge, self._table, self._subnet, self.inside, hub=self._user)
         if not self._user:
             firewall.disable_ipv6(self.bridge)
             notes |= firewall.admit_in_iptables(self.bridge)

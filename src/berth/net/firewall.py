@@ -20,10 +20,10 @@ _DEADLINE_S = 10.0
 _FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 
 
-def apply_rules(bridge: str, table: str, subnet: Subnet, inside: Inside) -> dict[str, str]:
+def apply_rules(bridge: str, table: str, subnet: Subnet, inside: Inside, *, hub: bool) -> dict[str, str]:
     """Load our nft tables, replacing those of before; return notes by part: ``nat``, ``guard``.
 
-    inside: turns an argv into one that runs in the bridge's namespace.
+    inside: turns an argv into one that runs in the bridge's namespace. hub: that is a user's own.
     """
     if find_program("nft") is None:
         missing = "nft is not installed (sudo apt-get install nftables)"
@@ -31,7 +31,7 @@ def apply_rules(bridge: str, table: str, subnet: Subnet, inside: Inside) -> dict
             "nat": f"no internet in machines: {missing}",
             "guard": f"machines are not kept from using each other's addresses: {missing}",
         }
-    nat = plan.nat_rules(bridge, table, subnet)
+    nat = plan.nat_rules(bridge, table, subnet, hub=hub)
     guard = plan.guard_rules(table, subnet)
     try:
         _nft(nat + guard, inside)

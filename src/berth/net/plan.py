@@ -61,12 +61,15 @@ def table_name(bridge: str) -> str:
     return "berth" if bridge == "berth0" else bridge
 
 
-def nat_rules(bridge: str, table: str, subnet: Subnet) -> str:
+def nat_rules(bridge: str, table: str, subnet: Subnet, *, hub: bool) -> str:
     """Say the nft rules of routing: out by masquerade, in only as an answer, or where somebody forwards a port.
 
     The gateway's own address, where dnsmasq answers, is for machines and the host alone.
-    Applying them replaces those of before, in one transaction.
+    hub: it is a user's, with pasta as the way out. Applying them replaces those of before, in one transaction.
     """
+    # pasta of early 2023 (Debian 12) announces its window in segments without ACK. Those are invalid to the kernel's
+    # connection tracking, go untranslated to the hub itself, and its answer, a reset, would end the connection.
+    invalid = f'\t\tiifname "{UPLINK}" ct state invalid drop\n' if hub else ""
     return f"""\
 table inet {table}
 delete table inet {table}
@@ -75,6 +78,7 @@ table inet {table} {{
 		type filter hook forward priority filter; policy accept;
 		iifname "{bridge}" ip saddr != {subnet} drop
 		iifname "{bridge}" oifname "{bridge}" accept
+		iifname "{bridge}" ct state invalid drop
 		iifname "{bridge}" tcp flags syn tcp option maxseg size set rt mtu
 		iifname "{bridge}" accept
 		oifname "{bridge}" ct state established,related accept
@@ -83,7 +87,7 @@ table inet {table} {{
 	}}
 	chain input {{
 		type filter hook input priority filter; policy accept;
-		iifname "{bridge}" ip saddr != {subnet} drop
+{invalid}		iifname "{bridge}" ip saddr != {subnet} drop
 		iifname != {{ "lo", "{bridge}" }} ip daddr {subnet} drop
 	}}
 	chain postrouting {{
