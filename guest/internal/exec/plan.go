@@ -19,8 +19,9 @@ import (
 
 // Config is what the machine says about every command.
 type Config struct {
-	User string   // who a command runs as that names nobody: the twin
-	Env  []string // the boot document's
+	User string        // who a command runs as that names nobody: the twin
+	Env  []string      // the boot document's
+	Twin func() string // why the twin may be missing, for the message; nil: nothing is known
 }
 
 // command is a request, resolved: nothing is started yet.
@@ -46,7 +47,11 @@ func plan(request *wire.Exec, config Config) (*command, error) {
 	}
 	user, err := passwd.Load("").Find(who)
 	if err != nil {
-		return nil, wire.Refusal(wire.CodeInvalidArgument, err.Error())
+		text := err.Error()
+		if request.User == nil && config.Twin != nil {
+			text += " (making it: " + config.Twin() + ")"
+		}
+		return nil, wire.Refusal(wire.CodeInvalidArgument, text)
 	}
 	c := &command{user: user, cwdOptional: request.CwdOptional, tty: request.Tty, detach: request.Detach}
 	if c.detach {

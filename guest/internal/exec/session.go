@@ -166,14 +166,16 @@ func (p *pipeSet) closeOurs() {
 // run carries bytes and messages until the end.
 func (s *session) run() {
 	defer s.close()
-	go s.feed()
-	go s.obey()
+	// A panic ends the connection, and that hangs up here.
+	protect := s.stream.Conn().Protect
+	go protect(s.feed)
+	go protect(s.obey)
 	var outputs sync.WaitGroup
-	outputs.Go(func() { s.carry(wire.Stdout, s.stdout) })
+	outputs.Go(func() { protect(func() { s.carry(wire.Stdout, s.stdout) }) })
 	if s.tty {
 		s.end(wire.Stderr)
 	} else {
-		outputs.Go(func() { s.carry(wire.Stderr, s.stderr) })
+		outputs.Go(func() { protect(func() { s.carry(wire.Stderr, s.stderr) }) })
 	}
 	select {
 	case <-s.process.exited:

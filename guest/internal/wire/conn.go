@@ -3,6 +3,8 @@ package wire
 import (
 	"errors"
 	"io"
+	"os"
+	"runtime/debug"
 	"strconv"
 	"sync"
 	"time"
@@ -11,7 +13,7 @@ import (
 // ErrClosed is the end of a connection that we closed ourselves.
 var ErrClosed = errors.New("connection closed")
 
-// fatalDeadline is how long a peer that broke the protocol is given to take the reason.
+// fatalDeadline is how long a peer that broke the protocol is given to take the reason, and ours is waited for.
 const fatalDeadline = time.Second
 
 // Options of a connection.
@@ -30,6 +32,7 @@ type Conn struct {
 	options Options
 	rw      io.ReadWriteCloser
 	writing sync.Mutex
+	broken  error // of the first write that failed: what follows would be garbage. Guarded by writing
 
 	mutex    sync.Mutex
 	changed  sync.Cond
@@ -64,7 +67,7 @@ func NewConn(rw io.ReadWriteCloser, options Options) *Conn {
 			c.writeLocked(AppendFrame(nil, 0, KindMessage, Encode(hello)))
 		}()
 	}
-	go c.read()
+	go c.Protect(c.read)
 	return c
 }
 
@@ -105,6 +108,7 @@ func (c *Conn) Open(request any) (*Stream, error) {
 	c.streams[stream.ID] = stream
 	c.mutex.Unlock()
 	if err := c.writeLocked(AppendFrame(nil, stream.ID, KindMessage, text)); err != nil {
+		stream.Drop()
 		return nil, err
 	}
 	return stream, nil
@@ -175,6 +179,29 @@ func (c *Conn) fail(err error) {
 	}
 }
 
+// Protect runs work for this connection: a panic in it ends the connection, not the process.
+func (c *Conn) Protect(work func()) {
+	defer func() {
+		if cause := recover(); cause != nil {
+			report(cause)
+			c.fail(&Error{TypeFatal, CodeInternal, "the connection was given up: this is a bug"})
+		}
+	}()
+	work()
+}
+
+// report says what a programmer needs to know, where somebody may see it.
+func report(cause any) {
+	text := "berth-agent: panic: "
+	switch cause := cause.(type) {
+	case error:
+		text += cause.Error()
+	case string:
+		text += cause
+	}
+	_, _ = os.Stderr.WriteString(text + "\n" + string(debug.Stack()))
+}
+
 // write sends whole frames.
 func (c *Conn) write(frames []byte) error {
 	c.writing.Lock()
@@ -183,11 +210,13 @@ func (c *Conn) write(frames []byte) error {
 }
 
 func (c *Conn) writeLocked(frames []byte) error {
-	if _, err := c.rw.Write(frames); err != nil {
-		c.fail(err)
-		return c.Err()
+	if c.broken == nil {
+		if _, c.broken = c.rw.Write(frames); c.broken != nil {
+			// A peer that has closed has mostly said why before: let the reader come to it.
+			time.AfterFunc(fatalDeadline, func() { c.fail(c.broken) })
+		}
 	}
-	return nil
+	return c.broken
 }
 
 func (c *Conn) read() {
@@ -278,9 +307,7 @@ func (c *Conn) greet(message Message) error {
 			return broken("a hello with the role '" + clip(hello.Role) + "'")
 		}
 		answer := Hello{Type: TypeHello, Protocol: ProtocolVersion, Version: c.options.Version, Init: c.options.InitState()}
-		if err := c.write(AppendFrame(nil, 0, KindMessage, Encode(answer))); err != nil {
-			return err
-		}
+		_ = c.write(AppendFrame(nil, 0, KindMessage, Encode(answer)))
 	}
 	c.mutex.Lock()
 	defer c.mutex.Unlock()
@@ -319,7 +346,8 @@ func (c *Conn) admit(frame Frame) error {
 		return nil
 	}
 	refusal := Encode(Refusal(CodeBusy, "too many streams are open in this connection"))
-	return c.write(AppendFrame(nil, frame.Stream, KindMessage, refusal))
+	_ = c.write(AppendFrame(nil, frame.Stream, KindMessage, refusal))
+	return nil
 }
 
 func (c *Conn) book(frame Frame) bool {

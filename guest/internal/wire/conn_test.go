@@ -346,6 +346,9 @@ func TestListenAndDial(t *testing.T) {
 	if _, err := DialTCP(address, soon); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Fatal(err)
 	}
+	if _, err := listener.Accept(); !errors.Is(err, os.ErrClosed) {
+		t.Fatal(err)
+	}
 	if _, err := NewListener(0); err == nil {
 		t.Fatal("descriptor 0 passes for a listening socket")
 	}

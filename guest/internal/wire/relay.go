@@ -86,7 +86,7 @@ func (s *Socket) readFrame(want int) (*Buffer, int, error) {
 		}
 		return true
 	})
-	if err = firstError(err, failed); err == nil && count == 0 {
+	if err = firstError(s.explain(err), failed); err == nil && count == 0 {
 		err = io.EOF
 	}
 	if err != nil {

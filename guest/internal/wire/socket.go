@@ -6,6 +6,7 @@ import (
 	"os"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -19,6 +20,8 @@ type Socket struct {
 	mutex sync.Mutex
 	fd    int // received and not taken yet; -1 for none
 	want  bool
+
+	closed atomic.Bool
 }
 
 // sendBuffer is asked for and mostly not had; yet what the system allows everybody (wmem_max) counts twice when it is
@@ -56,10 +59,19 @@ func (s *Socket) Write(data []byte) (int, error) { return s.file.Write(data) }
 
 // Close closes it; who waits in Read or Write gets os.ErrClosed.
 func (s *Socket) Close() error {
+	s.closed.Store(true)
 	if file := s.TakeFile(); file != nil {
 		_ = file.Close()
 	}
 	return s.file.Close()
+}
+
+// explain gives what a RawConn says about a closed file the name that it has elsewhere.
+func (s *Socket) explain(err error) error {
+	if err != nil && s.closed.Load() {
+		return os.ErrClosed
+	}
+	return err
 }
 
 // CloseWrite sends the end of file.
@@ -100,7 +112,7 @@ func (s *Socket) WriteWithFile(data []byte, file *os.File) error {
 			return sendErr != syscall.EAGAIN && sendErr != syscall.EINTR
 		})
 	})
-	if err = firstError(err, waitErr, sendErr); err == nil && sent < len(data) {
+	if err = firstError(err, s.explain(waitErr), sendErr); err == nil && sent < len(data) {
 		_, err = s.file.Write(data[sent:])
 	}
 	return err
@@ -133,7 +145,7 @@ func (s *Socket) readWithFile(data []byte) (int, error) {
 		count, size, _, _, failed = syscall.Recvmsg(int(fd), data, control, syscall.MSG_CMSG_CLOEXEC)
 		return failed != syscall.EAGAIN && failed != syscall.EINTR
 	})
-	if err = firstError(err, failed); err != nil {
+	if err = firstError(s.explain(err), failed); err != nil {
 		return 0, err
 	}
 	s.keep(control[:size])
@@ -226,7 +238,7 @@ func (l *Listener) Accept() (*Socket, error) {
 		})
 		switch {
 		case err != nil:
-			return nil, err
+			return nil, l.socket.explain(err)
 		case failed == nil:
 			return NewSocket(client)
 		case failed != syscall.EINTR && failed != syscall.ECONNABORTED:
@@ -303,7 +315,7 @@ func (s *Socket) waitConnected(timeout time.Duration) error {
 		_, err = syscall.Getpeername(int(fd))
 		return err == nil
 	})
-	return firstError(err, failed)
+	return firstError(s.explain(err), failed)
 }
 
 func newSocket(address syscall.Sockaddr) (int, error) {
