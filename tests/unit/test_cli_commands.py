@@ -389,6 +389,28 @@ class TestProcess:
         done = self.run("--help", shell="> /dev/full")
         assert (done.returncode, done.stderr) == (1, "berth: no space left on device\n")
 
+    def test_a_signal_lets_it_clean_up(self, scratch: Path) -> None:
+        mark = scratch / "cleaned"
+        script = f"""
+import os, pathlib, signal, time
+from berth.cli import commands
+from berth.cli.main import main
+def work(words, *, debug):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    finally:
+        pathlib.Path({str(mark)!r}).touch()
+commands.dispatch = work
+raise SystemExit(main())
+"""
+        env = {"PYTHONPATH": str(ROOT / "src")}
+        done = subprocess.run(
+            [sys.executable, "-c", script, "ls"], capture_output=True, env=env, timeout=50, check=False
+        )
+        assert (done.returncode, done.stderr) == (143, b"")
+        assert mark.exists()
+
     def test_closed_standard_files(self) -> None:
         assert self.run("--version", shell="<&- >&- 2>&-").returncode == 0
 

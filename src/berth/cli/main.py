@@ -34,7 +34,18 @@ def main(argv: list[str] | None = None) -> int:
         from berth.cli import run
 
         return guarded(lambda: run.main(words[2 if noun else 1 :], debug=debug), debug=debug)
+    if argv is None:
+        _clean_up_when_terminated()
     return guarded(lambda: _dispatch(words, debug=debug), debug=debug)
+
+
+def _clean_up_when_terminated() -> None:
+    """Let SIGTERM and SIGHUP end us as an exception, so that a create that is killed takes back what it made."""
+    import signal
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has it ignored: so it stays
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
 
 
 def _dispatch(words: list[str], *, debug: bool) -> int:
@@ -49,7 +60,7 @@ def guarded(work: Callable[[], int], *, debug: bool, failed: int | None = None) 
         return work()
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except SystemExit as end:  # argparse, when it has shown the help
+    except SystemExit as end:  # by argparse when it has shown the help, or by a signal
         return end.code if isinstance(end.code, int) else 0
     except BrokenPipeError as error:
         # Who read our output has left (`| head -1`): nothing to say, and nobody to say it to.
