@@ -35,11 +35,11 @@ def main(argv: list[str] | None = None) -> int:
 
         return guarded(lambda: run.main(words[2 if noun else 1 :], debug=debug), debug=debug)
     if argv is None:
-        _clean_up_when_terminated()
+        clean_up_when_terminated()
     return guarded(lambda: _dispatch(words, debug=debug), debug=debug)
 
 
-def _clean_up_when_terminated() -> None:
+def clean_up_when_terminated() -> None:
     """Let SIGTERM and SIGHUP end us as an exception, so that a create that is killed takes back what it made."""
     import signal
 

@@ -236,9 +236,11 @@ def _is_kept(name: str) -> bool:
 def _connect_slow(wanted: str | None, options: Options) -> tuple[str, _socket.socket]:
     """Have the machine booted or repaired, saying what happens only to a terminal: stderr is the command's."""
     from berth.cli import progress
+    from berth.cli.main import clean_up_when_terminated
     from berth.layout import Layout
     from berth.lifecycle import Machines
 
+    clean_up_when_terminated()  # while it boots; `session` has its own ways
     machines = Machines(Layout.from_environment())
     name = machines.resolve(wanted)
     mode = options.values.get("progress", "auto" if sys.stderr.isatty() else "none")
