@@ -107,13 +107,14 @@ class ContainerEngine:
         try:
             if self._root:
                 os.fchown(target, idmap.host_root(), idmap.host_root())
-            userns.call(
-                "berth.oci.unpack:unpack_call",
-                {"target_fd": target, "layers": [list(layer) for layer in layers]},
+            report = userns.call(
+                "berth.oci.unpack:unpack_inside",
+                {"target_fd": target, "layers": [list(layer) for layer in layers], "devices": "skip"},
                 idmap=idmap,
                 pass_fds=[target, *(fd for fd, _ in layers)],
                 progress=progress.advance,
             )
+            log.debug("unpacked: %s", report)
         finally:
             os.close(target)
 

@@ -9,6 +9,7 @@ Source: mount_namespaces(7), "Restrictions on mount namespaces".
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -155,7 +156,7 @@ def _create(plan: LaunchPlan, listener: int) -> int:
     (bundle / "config.json").write_text(json.dumps(plan["spec"]))
     pid_file = bundle / "init.pid"
     # In two steps: dup2 of a descriptor onto itself would leave it close-on-exec.
-    copy = os.dup(listener)
+    copy = fcntl.fcntl(listener, fcntl.F_DUPFD_CLOEXEC, AGENT_FD + 1)
     os.dup2(copy, AGENT_FD)
     os.close(copy)
     _crun(
