@@ -91,7 +91,7 @@ func runServe() int {
 // beModest trades some speed of the collector for memory: each machine has an agent. It begins at 4 MiB × this
 // percentage, and each thread of the runtime has its own caches.
 func beModest() {
-	debug.SetGCPercent(50)
+	debug.SetGCPercent(25)
 	runtime.GOMAXPROCS(min(4, runtime.GOMAXPROCS(0)))
 }
 

@@ -29,7 +29,11 @@ func agent(t *testing.T, arguments ...string) *exec.Cmd {
 	t.Helper()
 	path := os.Getenv("BERTH_AGENT") // another build of it, to be measured
 	if path == "" {
-		path = "/proc/self/exe"
+		own, err := os.Executable()
+		if err != nil {
+			t.Fatal(err)
+		}
+		path = own
 	}
 	program := exec.Command(path, arguments...)
 	program.Env = append(os.Environ(), "BERTH_AGENT_UNDER_TEST=1")
@@ -53,6 +57,9 @@ func startServe(t *testing.T) (*exec.Cmd, string) {
 		t.Fatal(err)
 	}
 	program := agent(t, "serve")
+	// As a host may start it that wants it to outlive a shortage of memory, only the other way round: that needs no rights.
+	program.Args = append([]string{"sh", "-c", `echo 500 >/proc/self/oom_score_adj; exec "$@"`, "sh", program.Path}, program.Args[1:]...)
+	program.Path = "/bin/sh"
 	program.ExtraFiles = []*os.File{listening} // descriptor 3
 	if err := program.Start(); err != nil {
 		t.Fatal(err)
@@ -105,6 +112,10 @@ func TestServe(t *testing.T) {
 	out, exit := output(t, conn, "sh", "-c", "readlink /proc/self/fd/3; env | grep UNDER_TEST; pwd; umask; exit 3")
 	if out != "/root\n0022\n" || exit.Code == nil || *exit.Code != 3 {
 		t.Errorf("%q %+v", out, exit)
+	}
+	out, _ = output(t, conn, "sh", "-c", "while grep -q 500 /proc/$$/oom_score_adj; do sleep 0.01; done; cat /proc/$$/oom_score_adj")
+	if out != "0\n" {
+		t.Errorf("oom_score_adj %q", out)
 	}
 	for range 200 {
 		if out, _ := output(t, conn, "echo", "x"); out != "x\n" {

@@ -34,6 +34,11 @@ func launch(c *command, files [3]int, terminal bool) (*process, error) {
 	result := make(chan outcome, 1)
 	go func() {
 		runtime.LockOSThread() // never unlocked: the thread ends with this goroutine
+		defer func() {
+			if cause := recover(); cause != nil {
+				result <- outcome{err: wire.Refusal(wire.CodeInternal, "the command was given up: this is a bug")}
+			}
+		}()
 		started, err := c.launchHere(files, terminal)
 		result <- outcome{started, err}
 	}()

@@ -12,17 +12,17 @@ func TestSignalNames(t *testing.T) {
 			t.Errorf("%s is called %s", name, got)
 		}
 	}
-	for name, want := range map[string]syscall.Signal{"RTMIN": 34, "RTMIN+1": 35, "RTMAX": 64, "RTMAX-1": 63} {
+	for name, want := range map[string]syscall.Signal{"34": 34, "64": 64, "9": 9, "POLL": 29, "IOT": 6} {
 		if got, ok := signalNumber(name); !ok || got != want {
 			t.Errorf("%s: %d", name, got)
 		}
 	}
-	for _, name := range []string{"", "SIGTERM", "term", "9", "RTMIN+", "RTMIN+99", "RTMIN1", "RTMAX+1", "RTMIN-1"} {
+	for _, name := range []string{"", "SIGTERM", "term", "0", "65", "-1", "+9", "RTMIN", "9 ", "4294967305"} {
 		if got, ok := signalNumber(name); ok {
 			t.Errorf("%q passes as %d", name, got)
 		}
 	}
-	if signalName(64) != "RTMIN+30" || signalName(33) != "33" {
+	if signalName(64) != "64" || signalName(33) != "33" {
 		t.Error(signalName(64), signalName(33))
 	}
 }

@@ -2,12 +2,8 @@ package exec
 
 import (
 	"strconv"
-	"strings"
 	"syscall"
 )
-
-// The real-time signals as programs count them: the C library keeps the first two of the kernel's for itself.
-const firstRealTime, lastRealTime = 34, 64
 
 // Source: signal(7), the numbers of x86-64 and arm64.
 var signals = map[string]syscall.Signal{
@@ -21,41 +17,29 @@ var signals = map[string]syscall.Signal{
 	"IO": syscall.SIGIO, "PWR": syscall.SIGPWR, "SYS": syscall.SIGSYS,
 }
 
-// signalNumber reads a name without SIG: TERM, RTMIN, RTMIN+3, RTMAX-1.
+// others are second names of a number.
+var others = map[string]syscall.Signal{"IOT": syscall.SIGABRT, "POLL": syscall.SIGIO, "CLD": syscall.SIGCHLD}
+
+const lastSignal = 64
+
+// signalNumber reads a name without SIG, or a decimal number.
 func signalNumber(name string) (syscall.Signal, bool) {
 	if signal, known := signals[name]; known {
 		return signal, true
 	}
-	base, offset := firstRealTime, name
-	switch {
-	case strings.HasPrefix(name, "RTMIN"):
-		offset = name[len("RTMIN"):]
-	case strings.HasPrefix(name, "RTMAX"):
-		base, offset = lastRealTime, name[len("RTMAX"):]
-	default:
-		return 0, false
+	if signal, known := others[name]; known {
+		return signal, true
 	}
-	if offset != "" {
-		count, err := strconv.Atoi(offset)
-		if err != nil || offset[0] != '+' && offset[0] != '-' {
-			return 0, false
-		}
-		base += count
-	}
-	return syscall.Signal(base), firstRealTime <= base && base <= lastRealTime
+	number, err := strconv.ParseUint(name, 10, 8)
+	return syscall.Signal(number), err == nil && 0 < number && number <= lastSignal
 }
 
-// signalName is the reverse; a number that has no name is written as such.
+// signalName is the reverse. A real-time signal has no name: it is written as its number.
 func signalName(signal syscall.Signal) string {
 	for name, number := range signals {
 		if number == signal {
 			return name
 		}
-	}
-	if offset := int(signal) - firstRealTime; offset == 0 {
-		return "RTMIN"
-	} else if offset > 0 {
-		return "RTMIN+" + strconv.Itoa(offset)
 	}
 	return strconv.Itoa(int(signal))
 }

@@ -72,10 +72,10 @@ func (s *Server) exec(stream *wire.Stream) {
 		return
 	}
 	ready := make(chan struct{})
-	go func() {
+	go stream.Conn().Protect(func() {
 		defer close(ready)
 		s.guest.WaitReady()
-	}()
+	})
 	select {
 	case <-ready:
 		exec.Run(stream, request, s.config)

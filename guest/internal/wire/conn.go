@@ -27,7 +27,7 @@ type Options struct {
 
 // Conn carries the protocol over a byte stream. One goroutine reads; whoever sends writes whole frames under a lock,
 // so a stalled stream (it waits for credit outside of the lock) stalls nobody else. Memory is bounded by the windows
-// of the open streams and by maxPending bytes of messages that nobody has taken yet.
+// of the open streams and by what maxPending says of messages that nobody has taken yet.
 type Conn struct {
 	options Options
 	rw      io.ReadWriteCloser
@@ -48,7 +48,7 @@ type Conn struct {
 }
 
 // maxPending bounds the messages of a connection that nobody has taken; a request beyond it is refused as busy.
-const maxPending = 4 * MaxMessageToGuest
+func (c *Conn) maxPending() int { return 4 * c.options.Side.incoming().maxMessage() }
 
 // NewConn starts the protocol on rw and owns it from now on. The host's side says hello at once.
 func NewConn(rw io.ReadWriteCloser, options Options) *Conn {
@@ -357,7 +357,7 @@ func (c *Conn) book(frame Frame) bool {
 	if c.err != nil {
 		return true // it is over anyway
 	}
-	if c.foreign >= c.options.MaxStreams || c.pending+len(frame.Payload) > maxPending {
+	if c.foreign >= c.options.MaxStreams || c.pending+len(frame.Payload) > c.maxPending() {
 		return false
 	}
 	stream := newStream(c, frame.Stream)
@@ -388,7 +388,7 @@ func (c *Conn) forget(stream *Stream) {
 func (c *Conn) charge(bytes int) bool {
 	c.mutex.Lock()
 	defer c.mutex.Unlock()
-	if bytes > 0 && c.pending+bytes > maxPending {
+	if bytes > 0 && c.pending+bytes > c.maxPending() {
 		return false
 	}
 	c.pending += bytes

@@ -109,7 +109,7 @@ type Resize struct {
 	Size
 }
 
-// Signal is to be delivered to the command; the name has no SIG.
+// Signal is to be delivered to the command: a name without SIG, or a decimal number.
 type Signal struct {
 	Type   string `json:"type"`
 	Signal string `json:"signal"`
