@@ -35,23 +35,25 @@ class Peer:
     def next_event(self) -> MessageArrived | DataArrived | CreditArrived:
         """Return what comes next. Raises EOFError when the other side has closed."""
         while not self._events:
-            self.flush()
-            data = self.sock.recv(1 << 20)
-            if not data:
-                raise EOFError
-            for event in self.connection.feed(data):
-                self._events.append(_copied(event))
+            self._receive()
         return self._events.pop(0)
 
+    def _receive(self) -> None:
+        self.flush()
+        data = self.sock.recv(1 << 20)
+        if not data:
+            raise EOFError
+        self._events += [_copied(event) for event in self.connection.feed(data)]
+
     def next_message(self) -> Message:
-        """Return the next message; credit on the way is booked, data is a mistake."""
+        """Return the next message; credit and the end of stdin are passed over, data is a mistake."""
         while True:
             event = self.next_event()
             if isinstance(event, MessageArrived):
                 if event.stream and not isinstance(event.message, Hello):
                     self.stream = event.stream
                 return event.message
-            assert not isinstance(event, DataArrived), f"{bytes(event.payload)!r}"
+            assert not isinstance(event, DataArrived) or not event.payload, f"{bytes(event.payload)!r}"
 
     def accept(self) -> Message:
         """Take the hello and the first request."""
@@ -82,7 +84,7 @@ class Peer:
         while rest:
             count = min(len(rest), MAX_DATA, self.connection.credit(self.stream, kind))
             if count == 0:
-                assert isinstance(self.next_event(), CreditArrived)
+                self._receive()  # other events than credit wait for who asks for them
                 continue
             self.connection.send_data(self.stream, kind, rest[:count])
             self.flush()
@@ -134,9 +136,8 @@ def played(story: Callable[[Peer], None]) -> Generator[socket.socket]:
     try:
         with ours:
             yield ours
-            thread.join(DEADLINE_S)
     finally:
         thread.join(DEADLINE_S)
-    assert not thread.is_alive(), "the story does not end"
-    if failures:
-        raise failures[0]
+        assert not thread.is_alive(), "the story does not end"
+        if failures:
+            raise failures[0]

@@ -12,7 +12,9 @@ Names are loaded when they are first used, so that importing berth costs the com
 
 from __future__ import annotations
 
-from berth.version import VERSION as __version__
+from berth.version import VERSION as _version
+
+__version__ = _version
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,20 +23,24 @@ if TYPE_CHECKING:
         AgentError,
         BerthError,
         BusyError,
+        CommandError,
         DeadlineError,
         ExistsError,
+        FormatError,
         ImageFormatError,
         InvalidArgumentError,
         InvalidStateError,
         NotFoundError,
+        ProtocolError,
         RegistryError,
+        StateFormatError,
         UnsupportedError,
     )
 
 __all__ = [
-    "AgentError", "BerthError", "BusyError", "Client", "Completed", "DeadlineError", "ExistsError", "Image",
-    "ImageFormatError", "InvalidArgumentError", "InvalidStateError", "Machine", "NotFoundError", "RegistryError",
-    "UnsupportedError", "__version__",
+    "AgentError", "BerthError", "BusyError", "Client", "CommandError", "Completed", "DeadlineError", "ExistsError",
+    "FormatError", "Image", "ImageFormatError", "InvalidArgumentError", "InvalidStateError", "Machine",
+    "NotFoundError", "ProtocolError", "RegistryError", "StateFormatError", "UnsupportedError", "__version__",
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ names, defaults and locks, and prints nothing. Per machine `run.lock` is held wh
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import os
 import time
@@ -230,7 +231,7 @@ class Machines:
 
     # Looking ------------------------------------------------------------------------------------------------------
 
-    def list(self) -> list[MachineInfo]:
+    def list(self) -> builtins.list[MachineInfo]:
         """Describe every machine, by name; a broken one with its problems."""
         default = self.default()
         return [self._describe(listed, default) for listed in bundles.list_bundles(self.layout)]
@@ -245,10 +246,12 @@ class Machines:
 
     def _describe(self, listed: Listed, default: MachineName | None) -> MachineInfo:
         config, boot, name = listed.config, listed.boot, listed.name
-        paths = {"bundle_path": str(listed.bundle.path), "runtime_path": str(self.layout.live(name))}
+        path, runtime = str(listed.bundle.path), str(self.layout.live(name))
         if config is None or boot is None:
             why = str(listed.problem or "it can't be read")
-            return MachineInfo(name, "broken", default=name == default, problems=(why,), **paths)
+            return MachineInfo(
+                name, "broken", default=name == default, problems=(why,), bundle_path=path, runtime_path=runtime
+            )
         alive, address, problem = STOPPED, None, None
         try:
             machine = self._machine(listed.bundle, config, boot)
@@ -268,7 +271,8 @@ class Machines:
             virtualization=boot.virtualization, autostart=boot.autostart, ssh_agent=boot.ssh_agent,
             user=config.user, created=config.created, started=alive.started, default=name == default,
             console_path=str(listed.bundle.console_log), init_pid=alive.init_pid, keeper_pid=alive.keeper_pid,
-            problems=(problem,) if problem else (), limits=alive.limits, **paths,
+            problems=(problem,) if problem else (), limits=alive.limits,
+            bundle_path=path, runtime_path=runtime,
         )  # fmt: skip
 
     def _status(self, name: MachineName, alive: Liveness) -> Status:
@@ -284,13 +288,13 @@ class Machines:
             document = load_json(self.layout.live(name) / "ports.json", schema=1)
             entries = document.get("ports")
             if isinstance(entries, list):
-                found = (_host_port(entry) for entry in cast("list[object]", entries))
+                found = (_host_port(entry) for entry in cast("builtins.list[object]", entries))
                 return tuple(port for port in found if port is not None)
         return ()
 
     # Settings -----------------------------------------------------------------------------------------------------
 
-    def set(self, name: str, assignments: list[str]) -> list[Change]:
+    def set(self, name: str, assignments: builtins.list[str]) -> builtins.list[Change]:
         """Change settings, all or nothing; say what changed and when it takes effect."""
         bundle = Bundle(self.layout, self.resolve(name))
         with bundle.edit() as lock:
@@ -357,16 +361,16 @@ class Machines:
 
     # The system ---------------------------------------------------------------------------------------------------
 
-    def usage(self) -> list[tuple[str, int]]:
+    def usage(self) -> builtins.list[tuple[str, int]]:
         """Count the bytes on disk: (what, bytes)."""
         engine = engine_for("container", self.layout)
         places = [("images", self.layout.images), ("templates", self.layout.templates)]
         places += [(f"machine {item.name}", item.bundle.path) for item in bundles.list_bundles(self.layout)]
         return [(what, engine.disk_usage(str(path))) for what, path in places]
 
-    def images_in_use(self) -> dict[str, list[str]]:
+    def images_in_use(self) -> dict[str, builtins.list[str]]:
         """Say which manifest digests machines were made from: digest → machine names."""
-        used: dict[str, list[str]] = {}
+        used: dict[str, builtins.list[str]] = {}
         for listed in bundles.list_bundles(self.layout):
             if listed.config is not None:
                 used.setdefault(listed.config.image_digest, []).append(listed.name)
@@ -392,10 +396,12 @@ class Machines:
         for path in renamed:
             engine.delete_tree(str(path))
 
-    def start_autostart(self, progress: Progress | None = None) -> tuple[list[MachineName], list[BerthError]]:
+    def start_autostart(
+        self, progress: Progress | None = None
+    ) -> tuple[builtins.list[MachineName], builtins.list[BerthError]]:
         """Start the machines marked autostart; one that fails does not keep the others from it."""
-        started: list[MachineName] = []
-        failed: list[BerthError] = []
+        started: builtins.list[MachineName] = []
+        failed: builtins.list[BerthError] = []
         for name in self._autostart_names():
             try:
                 self.start(name, progress=progress)
@@ -404,16 +410,16 @@ class Machines:
                 failed.append(error)
         return started, failed
 
-    def stop_autostart(self) -> list[MachineName]:
+    def stop_autostart(self) -> builtins.list[MachineName]:
         names = self._autostart_names()
         for name in names:
             self.stop(name)
         return names
 
-    def autostart_status(self) -> list[MachineInfo]:
+    def autostart_status(self) -> builtins.list[MachineInfo]:
         return [info for info in self.list() if info.autostart]
 
-    def _autostart_names(self) -> list[MachineName]:
+    def _autostart_names(self) -> builtins.list[MachineName]:
         return [
             item.name for item in bundles.list_bundles(self.layout) if item.boot is not None and item.boot.autostart
         ]
@@ -472,7 +478,7 @@ def _stem(path: Path) -> str:
     return path.name.partition(".")[0]
 
 
-def _directories(path: Path) -> list[Path]:
+def _directories(path: Path) -> builtins.list[Path]:
     try:
         return [entry for entry in path.iterdir() if entry.is_dir()]
     except FileNotFoundError:

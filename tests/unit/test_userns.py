@@ -51,7 +51,7 @@ def test_no_subordinate_range_is_told_with_the_cure(tmp_path: Path, text: str) -
     assert caught.value.hint == "sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 ann"
 
 
-def test_an_error_inside_arrives_as_what_it_was(tmp_path: Path) -> None:
+def test_an_error_inside_arrives_as_what_it_was() -> None:
     with pytest.raises(NotFoundError, match="not there"):
         userns.call("berth.userns:_raise", {"message": _error("NotFoundError", "it is not there")})
     with pytest.raises(Exception, match="an unknown kind"):

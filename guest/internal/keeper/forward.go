@@ -78,6 +78,7 @@ type forwarder struct {
 	file    string // ports.json
 	lowest  int
 	slots   chan struct{} // one per connection
+	idle    *time.Timer   // runs when there are none
 
 	mu     sync.Mutex
 	conn   *wire.Conn
@@ -97,6 +98,7 @@ func newForwarder(address netip.Addr, file string) *forwarder {
 		file:    file,
 		lowest:  lowestPort(),
 		slots:   make(chan struct{}, maxConnections),
+		idle:    time.AfterFunc(settleAfter, shrink),
 		open:    map[int]*forward{},
 	}
 }
@@ -202,6 +204,7 @@ func (f *forwarder) close() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.closed = true
+	f.idle.Stop()
 	os.Remove(f.file)
 }
 
@@ -225,7 +228,11 @@ func (f *forwarder) accept(listener *wire.Listener, port int) {
 }
 
 func (f *forwarder) carry(client *wire.Socket, port int) {
-	defer func() { <-f.slots }()
+	defer func() {
+		if <-f.slots; len(f.slots) == 0 {
+			f.idle.Reset(settleAfter)
+		}
+	}()
 	f.mu.Lock()
 	conn := f.conn
 	f.mu.Unlock()

@@ -15,8 +15,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"runtime"
-	"runtime/debug"
 	"sync"
 	"syscall"
 	"time"
@@ -117,13 +115,6 @@ func parse(args []string) (options Options, err error) {
 		return options, errors.New("--pid must be above 0")
 	}
 	return options, nil
-}
-
-// beSmall trades speed that nobody needs here for memory: the collector starts at 4 MiB × this percentage, and each
-// thread of the runtime has its own caches.
-func beSmall() {
-	debug.SetGCPercent(15)
-	runtime.GOMAXPROCS(min(2, runtime.NumCPU()))
 }
 
 // keeper is the state of one run. What is not said to be shared belongs to the goroutine of run.
@@ -326,6 +317,8 @@ func (k *keeper) serve(socket *wire.Socket, done <-chan struct{}) bool {
 	if k.ports != nil {
 		others.Go(func() { k.ports.follow(conn) })
 	}
+	settled := time.AfterFunc(settleAfter, shrink) // when the start is behind it
+	defer settled.Stop()
 	k.mendConsole(conn, socket)
 	return true
 }

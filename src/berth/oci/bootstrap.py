@@ -45,6 +45,9 @@ _INITS = {
     "sysvinit": ("sysvinit-core", "initscripts", "sysv-rc"),
     "openrc": ("sysvinit-core", "initscripts", "openrc"),
 }
+# Where usrmerge would still convert the system, bringing 50 MB of Perl with it; later releases come merged.
+_MERGED_USR_HOOKS = {"bookworm": "merged-usr", "jammy": "maybe-merged-usr"}
+_HOOKS = Path("/usr/share/mmdebstrap/hooks")
 _ROLLING = frozenset({"sid", "unstable"})  # they have neither -updates nor -security
 _SUITES = {
     "debian": {
@@ -171,11 +174,13 @@ def mmdebstrap_command(
 ) -> list[str]:
     """Say how to make the root file system; its tar archive comes out on stdout."""
     kept = {key: value for key, value in host_apt.items() if key.startswith(_HOST_APT)}
+    merged_usr = _MERGED_USR_HOOKS.get(recipe.suite)
     return [
         "mmdebstrap",
         f"--mode={'root' if root else 'unshare'}",
         "--variant=minbase",
         "--format=tar",
+        *([f"--hook-dir={_HOOKS / merged_usr}"] if merged_usr else []),
         f"--include={','.join(recipe.packages)}",
         # Snapshots and mirrors that stand still are older than their files' validity; the signatures still count.
         '--aptopt=Acquire::Check-Valid-Until "false"',
@@ -287,7 +292,7 @@ class _Said:
 @contextlib.contextmanager
 def _listening(said: _Said, recipe: Recipe, progress: Progress) -> Generator[int]:
     """Yield a descriptor for a program's stderr; at the end of the block all of it has been heard."""
-    reader, writer = os.pipe2(os.O_CLOEXEC)
+    reader, writer = os.pipe()
     thread = threading.Thread(target=said.listen, args=(os.fdopen(reader, "rb"), recipe, progress), daemon=True)
     thread.start()
     try:

@@ -151,8 +151,6 @@ class TarReader:
             name = _text(block[345:500]) + b"/" + name
         if kind in (b"\0", b"7"):
             kind = FILE
-        if kind == FILE and name.endswith(b"/"):  # V7 had no type for directories
-            kind = DIRECTORY
         device = kind in (CHAR, BLOCK_DEVICE)
         size = self._number(block[124:136])
         if not 0 <= size < _INT64:
@@ -209,6 +207,8 @@ class TarReader:
         records = [*self._global.items(), *pax]
         if records:
             self._apply_pax(entry, records)
+        if entry.kind == FILE and not entry.data_size and entry.name.endswith(b"/"):
+            entry.kind = DIRECTORY  # V7 had no type for directories
         if entry.kind in _HEADER_ONLY:
             # As Go and docker: the size of a link or a directory means nothing, no data follows.
             entry.size = entry.data_size = 0
@@ -236,8 +236,6 @@ class TarReader:
             match key:
                 case b"path" | b"GNU.sparse.name":
                     entry.name = value
-                    if entry.kind == FILE and value.endswith(b"/"):
-                        entry.kind = DIRECTORY
                 case b"linkpath":
                     entry.link = value
                 case b"size":

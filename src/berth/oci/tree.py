@@ -108,18 +108,8 @@ class Tree:
 
     def purge(self, place: Place, keep: Container[bytes]) -> None:
         """Remove all that is below `place` but the true paths in `keep`, and what those directories hold of them."""
-        fd = open_directory(b".", place.fd)
-        try:
-            for entry in list(os.scandir(fd)):
-                name = os.fsencode(entry.name)
-                if place.below(name) not in keep:
-                    self.remove(place, name)
-                elif entry.is_dir(follow_symlinks=False):
-                    below = self._step(place, name, make=False)
-                    if below is not None:
-                        self.purge(below, keep)
-        finally:
-            os.close(fd)
+        self.forget()
+        _purge(open_directory(b".", place.fd), place.path, keep)
 
     def _resolve(self, path: bytes, *, make: bool) -> Place | None:
         place = self._remembered(path)
@@ -211,14 +201,20 @@ def open_directory(name: bytes, dir_fd: int) -> int:
 
 
 def _remove_directory(dir_fd: int, name: bytes) -> None:
-    fd = open_directory(name, dir_fd)
+    _purge(open_directory(name, dir_fd), b"", ())
+    os.rmdir(name, dir_fd=dir_fd)
+
+
+def _purge(fd: int, path: bytes, keep: Container[bytes]) -> None:
+    """Empty the directory `fd` at the true path `path` but for `keep`, and close it."""
     try:
-        for entry in list(os.scandir(fd)):
-            below = os.fsencode(entry.name)
-            if entry.is_dir(follow_symlinks=False):
-                _remove_directory(fd, below)
-            else:
-                os.unlink(below, dir_fd=fd)
+        with os.scandir(fd) as entries:
+            found = [(os.fsencode(entry.name), entry.is_dir(follow_symlinks=False)) for entry in entries]
+        for name, is_directory in found:
+            below = path + b"/" + name if path else name
+            if below not in keep:
+                _remove_directory(fd, name) if is_directory else os.unlink(name, dir_fd=fd)
+            elif is_directory:
+                _purge(open_directory(name, fd), below, keep)
     finally:
         os.close(fd)
-    os.rmdir(name, dir_fd=dir_fd)

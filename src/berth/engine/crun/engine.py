@@ -216,7 +216,8 @@ class ContainerEngine:
             pass_fds=[listener.fileno()],
         )  # fmt: skip
         match answer:
-            case {"pid": int(pid), "cgroups": made}:
+            case {"pid": int(pid)}:
+                made = cast("dict[str, object]", answer)["cgroups"]
                 record = {
                     "pid": pid, "startTime": start_time(pid) or 0, "started": utc_now(),
                     "cgroups": list(_texts(made)), "limits": [*placement.missing, *network.notes],
