@@ -118,9 +118,8 @@ class FdOutput:
     def _choose(self) -> Callable[[memoryview], int]:
         try:
             mode = os.fstat(self._fd).st_mode
-        except OSError as error:
-            self.error = error  # whoever started us closed it
-            return lambda _: 0
+        except OSError:
+            mode = 0  # whoever started us closed it; the first write will tell
         if S_ISSOCK(mode):
             return self._writer_to_socket()
         if S_ISFIFO(mode) or (S_ISCHR(mode) and os.isatty(self._fd)):

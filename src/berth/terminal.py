@@ -73,9 +73,15 @@ class RawMode:
         """Give the terminal its old mode back, when it is still ours to set."""
         if self._cooked is None:
             return
-        try:
-            # From the background this would stop us (SIGTTOU), and the terminal is somebody else's by then.
-            if os.tcgetpgrp(self.fd) == os.getpgrp():
+        # From the background this would stop us (SIGTTOU), and the terminal is somebody else's by then.
+        if self._is_in_foreground():
+            try:  # noqa: SIM105 (contextlib would cost the fast path 2 ms)
                 termios.tcsetattr(self.fd, termios.TCSADRAIN, self._cooked)
-        except (OSError, termios.error):
-            pass  # it hung up: there is no mode to restore
+            except termios.error:
+                pass  # it hung up: there is no mode to restore
+
+    def _is_in_foreground(self) -> bool:
+        try:
+            return os.tcgetpgrp(self.fd) == os.getpgrp()
+        except OSError:
+            return True  # not our controlling terminal: it knows no background
