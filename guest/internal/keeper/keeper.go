@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"syscall"
 	"time"
@@ -34,7 +35,7 @@ type Options struct {
 	ConsoleFD int
 	// Forward is the machine's loopback address; the zero value forwards nothing.
 	Forward netip.Addr
-	// PID is the machine's process 1 as the host sees it, 0 when it is not known.
+	// PID is the machine's process 1 as the host sees it, 0 when it is not known yet: container.json tells it later.
 	PID int
 	// Version is told to the agent.
 	Version string
@@ -43,8 +44,9 @@ type Options struct {
 // times are constants but for tests.
 type times struct {
 	console  time.Duration // for the container runtime to send the console
-	lock     time.Duration // for the keeper of the machine's last run to end
-	grace    time.Duration // without agent and console, until the machine is taken for ended
+	lock     time.Duration // for the keeper of the machine's last run to end, when this is a new run
+	probe    time.Duration // for somebody who only looks whether the lock is held
+	grace    time.Duration // without agent and console, until a machine that never came up is given up
 	drain    time.Duration // for the console's last words after process 1 has ended
 	retryMin time.Duration // between attempts to reach the agent
 	retryMax time.Duration
@@ -54,7 +56,8 @@ type times struct {
 var usual = times{
 	console:  30 * time.Second,
 	lock:     5 * time.Second,
-	grace:    3 * time.Second,
+	probe:    500 * time.Millisecond,
+	grace:    time.Second,
 	drain:    time.Second,
 	retryMin: 50 * time.Millisecond,
 	retryMax: 2 * time.Second,
@@ -133,9 +136,9 @@ type keeper struct {
 
 // run keeps one machine until it has ended, or stop brings something. nil also when another keeper has the lock.
 func run(options Options, times times, stop <-chan os.Signal) error {
-	var patience time.Duration
+	patience := times.probe
 	if options.ConsoleFD >= 0 {
-		patience = times.lock // a fresh start: the keeper of the run before is about to end
+		patience = times.lock
 	}
 	lock, err := takeLock(filepath.Join(options.Dir, "keeper.lock"), patience)
 	if err != nil || lock == nil {
@@ -168,7 +171,7 @@ func run(options Options, times times, stop <-chan os.Signal) error {
 	return nil
 }
 
-// takeLock gives nil when another keeper has it.
+// takeLock gives nil when another keeper has it. The file then holds our process id.
 func takeLock(path string, patience time.Duration) (*os.File, error) {
 	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|syscall.O_NOFOLLOW, 0o600)
 	if err != nil {
@@ -184,7 +187,9 @@ func takeLock(path string, patience time.Duration) (*os.File, error) {
 		err = raw.Control(func(fd uintptr) { failed = syscall.Flock(int(fd), syscall.LOCK_EX|syscall.LOCK_NB) })
 		switch failed = errors.Join(err, failed); {
 		case failed == nil:
-			return file, nil
+			text := strconv.Itoa(os.Getpid()) + "\n"
+			_, err := file.WriteAt([]byte(text), 0)
+			return file, errors.Join(err, file.Truncate(int64(len(text))))
 		case !errors.Is(failed, syscall.EWOULDBLOCK):
 			file.Close()
 			return nil, failed
@@ -195,14 +200,17 @@ func takeLock(path string, patience time.Duration) (*os.File, error) {
 	}
 }
 
-// untilEnd waits for what ends a keeper: a signal; the machine's process 1; or, where that is not known, that both the
-// agent and the console are gone and stay so.
+// untilEnd waits for what ends a keeper: a signal; the machine's process 1; or, when there never was one, that nobody
+// listens at the agent's socket and the console is gone: the start has failed.
 func (k *keeper) untilEnd(stop <-chan os.Signal) {
 	var ended <-chan struct{}
 	if k.options.PID > 0 {
 		ended = watchProcess(k.options.PID)
 	}
 	for {
+		if ended == nil {
+			ended = watchRecorded(filepath.Join(k.options.Dir, "container.json"))
+		}
 		var look <-chan time.Time
 		if wait, possible := k.endsIn(); ended == nil && possible {
 			if wait <= 0 {
@@ -222,11 +230,12 @@ func (k *keeper) untilEnd(stop <-chan os.Signal) {
 	}
 }
 
-// endsIn says how long nothing must happen until the machine counts as ended; possible is false while something lives.
+// endsIn says how long nothing must happen until the start counts as failed; possible is false while something lives.
+// The agent's socket listens before the keeper is started, so a console that may still come needs no patience.
 func (k *keeper) endsIn() (wait time.Duration, possible bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.connected || k.awaiting || !k.console.gone() {
+	if k.connected || !k.console.gone() {
 		return 0, false
 	}
 	return time.Until(k.lastAlive.Add(k.times.grace)), true

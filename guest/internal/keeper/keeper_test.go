@@ -24,6 +24,7 @@ const soon = 10 * time.Second
 var quick = times{
 	console:  soon,
 	lock:     200 * time.Millisecond,
+	probe:    100 * time.Millisecond,
 	grace:    100 * time.Millisecond,
 	drain:    time.Second,
 	retryMin: 5 * time.Millisecond,
@@ -567,6 +568,53 @@ func TestProcessEnds(t *testing.T) {
 	keeper.logHas("words")
 }
 
+// The first keeper of a run starts before the machine does and learns of its process from berth's own record.
+func TestRecordedProcessEnds(t *testing.T) {
+	dir := t.TempDir()
+	agent := serve(t, dir)
+	master, slave := pty(t)
+	fd, path := consoleSocket(t, dir)
+	keeper := start(t, dir, func(options *Options) { options.ConsoleFD = fd })
+	sendConsole(t, path, master)
+	master.Close()
+	machine := exec.Command("sleep", "60")
+	if err := machine.Start(); err != nil {
+		t.Fatal(err)
+	}
+	record := `{"schema":1,"pid":` + strconv.Itoa(machine.Process.Pid) + `,"startTime":` + strconv.FormatInt(startTime(machine.Process.Pid), 10) + `}`
+	if err := os.WriteFile(dir+"/container.json", []byte(record), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	write(t, slave, "words\n")
+	keeper.logHas("words")
+	agent.kill()
+	time.Sleep(3 * quick.grace)
+	if !keeper.runs() {
+		t.Error("it ended with its agent, though the machine lives")
+	}
+	if err := machine.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = machine.Wait()
+	keeper.ended()
+}
+
+func TestRecord(t *testing.T) {
+	path := t.TempDir() + "/container.json"
+	for _, text := range []string{"", "{", "[]", "{}", `{"pid":-4}`, `{"pid":"x"}`} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if watchRecorded(path) != nil {
+			t.Errorf("%s says something", text)
+		}
+	}
+	if err := os.WriteFile(path, []byte(`{"pid":`+strconv.Itoa(os.Getpid())+`,"startTime":1}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	<-watchRecorded(path) // another process by the same number
+}
+
 func TestProcessThatIsNotThere(t *testing.T) {
 	machine := exec.Command("true")
 	if err := machine.Run(); err != nil {
@@ -584,8 +632,10 @@ func TestOneKeeper(t *testing.T) {
 	dir := t.TempDir()
 	serve(t, dir)
 	first := start(t, dir, nil)
-	eventually(t, "the lock", func() bool { _, err := os.Lstat(dir + "/keeper.lock"); return err == nil })
-	time.Sleep(10 * time.Millisecond)
+	eventually(t, "the lock", func() bool {
+		text, _ := os.ReadFile(dir + "/keeper.lock")
+		return string(text) == strconv.Itoa(os.Getpid())+"\n"
+	})
 	start(t, dir, nil).ended()
 	if !first.runs() {
 		t.Error("the first one ended")

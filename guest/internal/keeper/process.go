@@ -1,8 +1,12 @@
 package keeper
 
 import (
+	"encoding/json"
 	"errors"
+	"io"
 	"os"
+	"strconv"
+	"strings"
 	"syscall"
 	"time"
 	"unsafe"
@@ -13,7 +17,48 @@ const (
 	pidfdNonblock = syscall.O_NONBLOCK
 	pidLook       = time.Second
 	pollIn        = 1
+	maxRecord     = 64 << 10
 )
+
+// watchRecorded is watchProcess for the process that container.json names, once berth has written it after the start:
+// {"pid": N, "startTime": clock ticks}. nil while it says nothing.
+func watchRecorded(path string) <-chan struct{} {
+	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil
+	}
+	defer file.Close()
+	text, err := io.ReadAll(io.LimitReader(file, maxRecord))
+	var record struct {
+		PID       int   `json:"pid"`
+		StartTime int64 `json:"startTime"`
+	}
+	if err != nil || json.Unmarshal(text, &record) != nil || record.PID <= 0 {
+		return nil
+	}
+	ended := watchProcess(record.PID)
+	if record.StartTime > 0 && startTime(record.PID) != record.StartTime {
+		gone := make(chan struct{}) // ended, and its number given to another
+		close(gone)
+		return gone
+	}
+	return ended
+}
+
+// startTime of a process in clock ticks since the host's boot, 0 when it is gone. Source: proc_pid_stat(5), field 22.
+func startTime(pid int) int64 {
+	data, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if err != nil {
+		return 0
+	}
+	// The name in parentheses may hold anything.
+	fields := strings.Fields(string(data[strings.LastIndexByte(string(data), ')')+1:]))
+	if len(fields) < 20 {
+		return 0
+	}
+	ticks, _ := strconv.ParseInt(fields[19], 10, 64)
+	return ticks
+}
 
 // watchProcess closes the channel it returns when the process has ended.
 func watchProcess(pid int) <-chan struct{} {

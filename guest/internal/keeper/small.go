@@ -1,0 +1,44 @@
+package keeper
+
+import (
+	"os"
+	"runtime"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// settleAfter is how long after its last burst of work a keeper gives its memory back.
+const settleAfter = 3 * time.Second
+
+// beSmall trades speed that nobody needs here for memory: the collector starts at 4 MiB × this percentage, and each
+// thread of the runtime has its own caches.
+func beSmall() {
+	debug.SetGCPercent(15)
+	runtime.GOMAXPROCS(min(2, runtime.NumCPU()))
+}
+
+// shrink gives back what the start or a burst of work has left: garbage, and the pages of this program that were
+// mapped for it and will not be needed soon (they stay in the page cache, shared by all keepers).
+func shrink() {
+	debug.FreeOSMemory()
+	maps, err := os.ReadFile("/proc/self/maps")
+	if err != nil {
+		return
+	}
+	for line := range strings.Lines(string(maps)) {
+		fields := strings.Fields(line)
+		// Only what is read from a file and never written: dropping anything else would lose it.
+		if len(fields) != 6 || fields[1] != "r-xp" && fields[1] != "r--p" || !strings.HasPrefix(fields[5], "/") {
+			continue
+		}
+		first, last, _ := strings.Cut(fields[0], "-")
+		begin, errBegin := strconv.ParseUint(first, 16, 64)
+		end, errEnd := strconv.ParseUint(last, 16, 64)
+		if errBegin == nil && errEnd == nil && begin < end {
+			_, _, _ = syscall.Syscall(syscall.SYS_MADVISE, uintptr(begin), uintptr(end-begin), syscall.MADV_DONTNEED)
+		}
+	}
+}
