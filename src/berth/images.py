@@ -172,14 +172,15 @@ class Images:
         return self.find(name)
 
     def load(self, file: Path, *, progress: Progress | None = None) -> Names:
-        """Bring all images of an archive into the store; return their references (a digest for one without a name)."""
+        """Bring all images of an archive into the store, or none; return their references.
+
+        One without a name is told by its digest.
+        """
         (progress or Silent()).step(f"loading {file}")
-        loaded: list[str] = []
         with self._store.ingest() as ingest:
-            for fetched in fetch_archive(file, ingest, platform=None):
-                ingest.commit(fetched.manifest, fetched.names)
-                loaded += fetched.names or [fetched.manifest.digest]
-        return loaded
+            fetched = fetch_archive(file, ingest, platform=None)
+            ingest.commit_all([(item.manifest, item.names) for item in fetched])
+        return [name for item in fetched for name in item.names or (item.manifest.digest,)]
 
     def save(self, references: Sequence[str], file: Path, *, progress: Progress | None = None) -> None:
         """Write images into an oci-archive that `load`, skopeo and podman read. Nothing half-made is left."""

@@ -89,7 +89,7 @@ class Descriptor:
     def from_json(cls, document: object, *, where: str) -> Descriptor:
         members = _mapping(document, where=where)
         match members.get("mediaType"), members.get("size"):
-            case str(media_type), int(size) if size >= 0:
+            case str(media_type), int(size) if size >= 0 and size is not True:
                 platform = members.get("platform")
                 return cls(
                     media_type,

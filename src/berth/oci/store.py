@@ -179,18 +179,20 @@ class Store:
         del lock
         needed = self._needed()
         freed = 0
-        for entry in list(os.scandir(self._blobs)):
-            if entry.name not in needed:
-                freed += entry.stat(follow_symlinks=False).st_size
-                os.unlink(entry.path)
+        for name in os.listdir(self._blobs):
+            if name not in needed:
+                freed += (self._blobs / name).lstat().st_size
+                (self._blobs / name).unlink()
         return freed
 
     def blob_bytes(self) -> int:
         """Return what the blobs take, in bytes."""
-        try:
-            return sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(self._blobs))
-        except FileNotFoundError:
-            return 0
+        found = self._blobs.iterdir() if self._blobs.is_dir() else ()
+        total = 0
+        for path in found:
+            with contextlib.suppress(FileNotFoundError):  # collected meanwhile
+                total += path.lstat().st_size
+        return total
 
     # Importing
 
@@ -198,14 +200,14 @@ class Store:
     def ingest(self) -> Generator[Ingest]:
         """Begin an import. Whatever it has not committed at the end of the block is removed."""
         with self.exclusive():
-            pass  # makes the store, sweeps
+            self._load()  # what is damaged should be known before a long download, not after it
         place = self._ingest / f"{os.getpid()}-{secrets.token_hex(4)}"
         with contextlib.ExitStack() as stack:
             with writing(place), self._locked(shared=True):
                 # Under the lock: a sweep between the two lines would take it for a dead one's.
                 place.mkdir(mode=0o700)
-                stack.callback(_remove_flat, place)
                 stack.enter_context(locks.hold(place / "lock"))
+                stack.callback(_remove_flat, place)
             yield Ingest(self, place)
 
     def adopt(self, lock: StoreLock, place: Path, digests: Iterable[Digest]) -> None:
@@ -240,7 +242,7 @@ class Store:
                 self._blobs.mkdir(parents=True, exist_ok=True)
                 self._ingest.mkdir(exist_ok=True, mode=0o700)
                 if not self._index.exists():
-                    if any(os.scandir(self._blobs)):
+                    if os.listdir(self._blobs):
                         raise self._damaged("index.json is missing")
                     write_atomic(self._index, spec.encode_json(_index_document([])))
                 # Last: where it is, all is.
@@ -383,17 +385,26 @@ class Ingest:
         return os.open(self._place / hex_of(digest), os.O_RDONLY | os.O_CLOEXEC)
 
     def commit(self, manifest: Descriptor, references: Sequence[str]) -> None:
-        """Put the image into the store under `references`, all at once. Everything it needs has been added."""
-        document = spec.Manifest.from_json(
-            spec.parse_json(self.read(manifest), where="the new manifest"), where="the new manifest"
-        )
+        """Put the image into the store under `references`. Everything it needs has been added."""
+        self.commit_all([(manifest, references)])
+
+    def commit_all(self, images: Sequence[tuple[Descriptor, Sequence[str]]]) -> None:
+        """Put all images into the store, each under its references, or none."""
+        for manifest, _ in images:
+            self._check_complete(manifest)
+        with self._store.exclusive() as lock, writing(self._store.root):
+            self._store.entries()  # raises for a damaged index, before anything is changed
+            self._store.adopt(lock, self._place, self._sizes)
+            for manifest, references in images:
+                self._store.tag(lock, manifest, references)
+        self._sizes.clear()
+
+    def _check_complete(self, manifest: Descriptor) -> None:
+        where = "the new manifest"
+        document = spec.Manifest.from_json(spec.parse_json(self.read(manifest), where=where), where=where)
         for needed in (document.config, *document.layers):
             if self._sizes.get(needed.digest) != needed.size:
                 raise ImageFormatError(f"blob {needed.digest} is missing in the image")
-        with self._store.exclusive() as lock, writing(self._store.root):
-            self._store.adopt(lock, self._place, self._sizes)
-            self._store.tag(lock, manifest, references)
-        self._sizes.clear()
 
     def _keep(self, partial: Path, blob: Blob) -> None:
         os.replace(partial, self._place / hex_of(blob.digest))
@@ -485,7 +496,8 @@ def _without_duplicates(entries: list[_Entry]) -> list[_Entry]:
 
 
 def _remove_flat(place: Path) -> None:
-    """Remove a directory of files."""
-    for entry in list(os.scandir(place)):
-        os.unlink(entry.path)
-    place.rmdir()
+    """Remove a directory of files; its owner and a sweep may do so at the same time."""
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(place):
+            (place / name).unlink(missing_ok=True)
+        place.rmdir()
