@@ -12,9 +12,9 @@ Names are loaded when they are first used, so that importing berth costs the com
 
 from __future__ import annotations
 
-from berth.version import VERSION as _version
+from berth import version as _version
 
-__version__ = _version
+__version__ = _version.VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

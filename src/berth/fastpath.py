@@ -36,6 +36,11 @@ def agent_socket(name: str) -> str:
     return os.path.join(live(name), "agent.sock")
 
 
+def record(name: str) -> str:
+    """Return the file that names the process of a machine that has been started."""
+    return os.path.join(live(name), "container.json")
+
+
 def keeper_lock(name: str) -> str:
     return os.path.join(live(name), "keeper.lock")
 

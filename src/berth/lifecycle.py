@@ -218,16 +218,15 @@ class Machines:
     def connect(self, name: str, *, progress: Progress | None = None) -> _socket.socket:
         """Return a connection to a machine's agent; a stopped machine is booted, a broken one repaired."""
         checked = self.resolve(name)
-        path = self.layout.agent_socket(checked)
-        if not self.needs_care(checked):
-            with contextlib.suppress(OSError, BerthError):
-                return connect(path, timeout_s=_ASK_S)
-        self.start(checked, progress=progress)
-        return connect(path, timeout_s=_ASK_S)
+        if not self._is_well(checked):
+            self.start(checked, progress=progress)
+        return connect(self.layout.agent_socket(checked), timeout_s=_ASK_S)
 
-    def needs_care(self, name: MachineName) -> bool:
-        """Say whether the machine's keeper is gone: then a start, which repairs, must come before a connect."""
-        return not locks.is_held(self.layout.live(name) / "keeper.lock")
+    def _is_well(self, name: MachineName) -> bool:
+        """Say whether the machine runs and nothing of it has to be repaired."""
+        machine = self._load(name)
+        alive = self._engine(machine).find(machine)
+        return alive.state == "running" and alive.keeper_pid is not None
 
     # Looking ------------------------------------------------------------------------------------------------------
 

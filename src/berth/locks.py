@@ -34,13 +34,16 @@ def hold(path: Path, *, shared: bool = False, timeout_s: float | None = None, wh
 
 
 def is_held(path: Path) -> bool:
-    """Say whether some process holds the lock file `path` now (a momentary answer)."""
+    """Say whether some process holds the lock file `path` exclusively now (a momentary answer).
+
+    A shared lock is tried, so that those who ask don't see each other.
+    """
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
     except BlockingIOError:
         return True

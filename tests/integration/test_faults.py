@@ -131,13 +131,13 @@ def test_a_hung_init_is_stopped_in_time(person: Person, machine: Callable[..., s
 @pytest.mark.parametrize(
     ("words", "status", "text"),
     [
-        (("create", "rootfs:/no/such/file"), 1, "not found"),
+        (("create", "rootfs:/no/such/file"), 1, "No such file"),
         (("create", "rootfs:/etc/hostname", "--name", "x"), 1, ""),
-        (("create", "debian:12", "--name", "-bad-"), 2, "must start and end with a letter or digit"),
+        (("create", "debian:12", "--name", "bad-"), 2, "must start and end with a letter or digit"),
         (("create", "UPPER CASE"), 2, "invalid"),
         (("create", "debian:12", "--name", "debian"), 1, "already exists"),
         (("create", "nowhere.invalid/some/image:1"), 1, ""),
-        (("create", "bootstrap:debian/no-such-release"), 1, ""),
+        (("create", "bootstrap:debian/no-such-release"), 2, "invalid"),
         (("create", "debian:12", "--name", "y", "--memory", "lots"), 2, "invalid"),
         (("create", "debian:12", "--name", "y", "--isolation", "vm"), 1, "vm"),
         (("inspect", "no-such-machine"), 1, "not found"),

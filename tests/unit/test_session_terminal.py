@@ -174,13 +174,14 @@ def test_a_stalled_output_does_not_hold_signals_up() -> None:
 def test_an_agent_that_does_not_read_cannot_fill_us_with_signals() -> None:
     def story(peer: Peer) -> None:
         start(peer)
-        for _ in range(200):
+        for _ in range(2000):
             kill(signal.SIGUSR1)
-        kill(signal.SIGTERM)
-        kill(signal.SIGTERM)
-        assert peer.is_left()
+        with contextlib.suppress(EOFError, ConnectionError):
+            while True:
+                kill(signal.SIGTERM)
+                assert isinstance(peer.next_message(), Signal)
 
-    assert run_plain(story) in (0, 143)
+    assert run_plain(story) == 143
 
 
 def test_outside_the_main_thread_signals_are_left_alone() -> None:

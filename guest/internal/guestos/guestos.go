@@ -119,8 +119,8 @@ func (g *Guest) TwinState() string {
 	return g.twin
 }
 
-// WaitReady returns when commands may be run as the twin. It also sees to the SSH agent's socket, which an init may
-// have hidden below a new /run.
+// WaitReady returns when commands may be run as the twin. It also sees to the SSH agent's socket: an init that is still
+// starting may hide it below a new /run at any moment.
 func (g *Guest) WaitReady() {
 	<-g.ready
 	g.mu.Lock()
@@ -145,6 +145,10 @@ func (g *Guest) ForwardSSHAgent(open sshagent.Opener) error {
 	g.mu.Lock()
 	g.agent = agent
 	g.mu.Unlock()
+	go func() {
+		g.tracker.Wait(context.Background())
+		_ = agent.Check()
+	}()
 	return agent.Check()
 }
 

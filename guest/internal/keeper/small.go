@@ -23,6 +23,7 @@ func beSmall() {
 // shrink gives back what the start or a burst of work has left: garbage, and the pages of this program that were
 // mapped for it and will not be needed soon (they stay in the page cache, shared by all keepers).
 func shrink() {
+	runtime.GC() // twice in all: a pool keeps its buffers for one round
 	debug.FreeOSMemory()
 	maps, err := os.ReadFile("/proc/self/maps")
 	if err != nil {

@@ -217,9 +217,14 @@ def _connect_fast(name: str) -> _socket.socket | None:
 
 
 def _is_kept(name: str) -> bool:
-    """Say whether the machine's keeper lives: it holds its lock. Shared, so that many `berth run` may ask at once."""
+    """Say whether the machine has been started to its end (it has a record) and its keeper lives (it holds its lock).
+
+    A shared lock is tried, so that many `berth run` may ask at once.
+    """
     import fcntl
 
+    if not os.path.exists(fastpath.record(name)):
+        return False
     try:
         fd = os.open(fastpath.keeper_lock(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
@@ -92,7 +93,7 @@ def program_output(
 
     When the block fails, the program is ended and the block's error stands.
     """
-    with spawn(argv, stdout=-1, stderr=stderr, cwd=cwd) as process:  # -1 is PIPE
+    with spawn(argv, stdout=-1, stderr=stderr, cwd=cwd, new_session=True) as process:  # -1 is PIPE
         stdout = cast("IO[bytes]", process.stdout)
         try:
             yield stream.ByteStream(stream.pipe_chunks(stdout.fileno()), where=where)
@@ -101,7 +102,9 @@ def program_output(
             # A program that fails sends no archive or half of one: then its failure is the news, not the archive's.
             ended = isinstance(error, ImageFormatError) and not os.read(stdout.fileno(), 1)
             if not ended or process.wait() == 0:
-                process.terminate()
+                # Its session is its own, so this ends what it has started as well; mmdebstrap cleans up on it.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
                 raise
     if process.returncode:
         raise CommandError(tuple(argv), process.returncode, "")

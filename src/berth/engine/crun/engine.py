@@ -34,6 +34,7 @@ from berth.units import utc_now
 
 _READY_S = 60.0
 _KILL_S = 10.0
+_KEEPER_S = 2.0
 _SCHEMA = 1
 # What is in a machine's runtime directory only while it runs.
 _TRANSIENT = (
@@ -131,6 +132,7 @@ class ContainerEngine:
         limits = cgroups.Limits(machine.boot.cpus, machine.boot.memory)
         placement = cgroups.find_placement(machine.config.id, limits)
         self._refuse_hopeless(machine, placement)
+        self.kill(machine)  # what a start left that was killed halfway
         self.clean(machine)
         network = ensure(self._layout)
         for note in (*network.notes, *placement.missing):
@@ -353,6 +355,7 @@ class ContainerEngine:
         record = self._load_record(machine)
         if record is not None and record.is_alive():
             raise BusyError(f"machine '{name}' still runs")
+        self._end_keeper(machine)
         live = self._layout.live(name)
         made = () if record is None else record.cgroups
         self._sweep(machine, [*made, *cgroups.find_leftovers(machine.config.id)])
@@ -363,6 +366,24 @@ class ContainerEngine:
         for folder in ("bundle", "rootfs"):
             with contextlib.suppress(OSError):
                 (live / folder).rmdir()
+
+    def _end_keeper(self, machine: Machine) -> None:
+        """Wait for the keeper to write the console's last lines and go; one that stays is of a start that failed."""
+        pid = self._keeper_pid(machine)
+        if pid is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(pid)
+            try:
+                for number in (None, signal.SIGTERM, signal.SIGKILL):
+                    if self._keeper_pid(machine) != pid:  # the descriptor may be of a later process
+                        return
+                    if number is not None:
+                        signal.pidfd_send_signal(pidfd, number)
+                    if select.select([pidfd], [], [], _KEEPER_S)[0]:
+                        return
+            finally:
+                os.close(pidfd)
 
     def _sweep(self, machine: Machine, directories: list[str]) -> None:
         """Remove the cgroups and crun's state of a container that has ended."""

@@ -2,37 +2,59 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 
 from berth import inside, syscalls
+from berth.engine.crun.spec import AGENT_FD
+from berth.errors import BerthError
+
+# The user namespace first: it gives the right to enter the others.
+_SPACES = ("user", "mnt", "net", "uts", "ipc", "cgroup", "pid")
 
 
-def restart_agent(pid: int, listener: int, agent: str) -> object:
+def restart_agent(pid: int, listener: int, agent: str) -> None:
     """Enter the container of `pid` as its root and leave `agent serve` there with `listener` as descriptor 3.
 
     The binary is opened on the host and run by its descriptor: nothing of the guest's files is trusted or followed.
+    Raises BerthError when it can't be executed in there.
     """
-    program = os.open(agent, os.O_RDONLY)
-    spaces = [(name, os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)) for name in _ORDER]
-    ready, done = os.pipe()
-    for name, fd in spaces:
+    program = _high(os.open(agent, os.O_RDONLY | os.O_CLOEXEC))
+    socket = _high(listener)
+    for name, fd in [(name, os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)) for name in _SPACES]:
         syscalls.setns(fd, 0)
+        os.close(fd)
         if name == "user":
             inside.become_root()
-    if os.fork() == 0:  # the child is in the process namespace
-        os.setsid()
-        os.close(ready)
-        os.chdir("/")
-        os.dup2(listener, 3)
-        for fd in (0, 1, 2):
-            os.dup2(os.open("/dev/null", os.O_RDWR), fd)
-        if os.fork() == 0:  # the grandchild belongs to the container's init, as the first agent did
-            os.execve(program, ["agent", "serve"], {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})  # noqa: S606
+    told, low = os.pipe()
+    tell = _high(low)
+    os.close(low)
+    if os.fork() == 0:  # the first that is in the process namespace; its child becomes the init's, as the first agent
+        if os.fork() == 0:
+            _become_agent(program, socket, tell)
         os._exit(0)
-    os.close(done)
     os.wait()
-    return None
+    os.close(tell)
+    failure = os.read(told, 1000)  # the end of it: the exec has closed the other side
+    if failure:
+        raise BerthError(f"a new guest agent can't be started: {failure.decode(errors='replace')}")
 
 
-# The user namespace first: it gives the right to enter the others.
-_ORDER = ("user", "mnt", "net", "uts", "ipc", "cgroup", "pid")
+def _become_agent(program: int, socket: int, tell: int) -> None:
+    try:
+        os.setsid()
+        os.chdir("/")
+        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.dup2(socket, AGENT_FD)
+        os.execve(program, ["agent", "serve"], {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})  # noqa: S606
+    except OSError as error:
+        os.write(tell, str(error).encode())
+    finally:
+        os._exit(1)
+
+
+def _high(fd: int) -> int:
+    """Move a descriptor out of the way of those that the agent gets."""
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 64)
