@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"berth.dev/guest/internal/files"
+	"berth.dev/guest/internal/memory"
 	"berth.dev/guest/internal/wire"
 )
 
@@ -98,7 +99,7 @@ func newForwarder(address netip.Addr, file string) *forwarder {
 		file:    file,
 		lowest:  lowestPort(),
 		slots:   make(chan struct{}, maxConnections),
-		idle:    time.AfterFunc(settleAfter, shrink),
+		idle:    time.AfterFunc(settleAfter, memory.GiveBack),
 		open:    map[int]*forward{},
 	}
 }

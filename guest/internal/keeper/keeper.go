@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"berth.dev/guest/internal/files"
+	"berth.dev/guest/internal/memory"
 	"berth.dev/guest/internal/wire"
 )
 
@@ -64,7 +65,11 @@ var usual = times{
 	ask:      10 * time.Second,
 }
 
-const consoleAnswer = 10 * time.Second
+const (
+	consoleAnswer = 10 * time.Second
+	// settleAfter is how long after its last burst of work a keeper gives its memory back.
+	settleAfter = 3 * time.Second
+)
 
 // Main reads the command line (without the word keeper), runs the keeper and gives its exit status: 0, also when there
 // is another one for this machine; 1 when it can't work; 2 for wrong usage.
@@ -75,7 +80,7 @@ func Main(args []string, version string) int {
 		return 2
 	}
 	options.Version = version
-	beSmall()
+	memory.BeSmall()
 	if options.ConsoleFD >= 0 {
 		files.CloseInherited(options.ConsoleFD)
 		syscall.CloseOnExec(options.ConsoleFD)
@@ -326,7 +331,7 @@ func (k *keeper) serve(socket *wire.Socket, done <-chan struct{}) bool {
 	if k.ports != nil {
 		others.Go(func() { k.ports.follow(conn) })
 	}
-	settled := time.AfterFunc(settleAfter, shrink) // when the start is behind it
+	settled := time.AfterFunc(settleAfter, memory.GiveBack) // when the start is behind it
 	defer settled.Stop()
 	k.mendConsole(conn, socket)
 	return true

@@ -5,19 +5,20 @@ package pause
 import (
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"syscall"
 
 	"berth.dev/guest/internal/files"
+	"berth.dev/guest/internal/memory"
 )
 
 // Main closes what was inherited beyond the standard files, ignores what a terminal sends, and ends at SIGTERM.
 func Main() int {
+	memory.BeSmall()
 	files.CloseInherited()
 	signal.Ignore(syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTSTP)
 	end := make(chan os.Signal, 1)
 	signal.Notify(end, syscall.SIGTERM)
-	debug.FreeOSMemory()
+	memory.GiveBack()
 	<-end
 	return 0
 }

@@ -1,4 +1,5 @@
-package keeper
+// Package memory keeps the processes small that stay on the host: the keeper and the pause process.
+package memory
 
 import (
 	"os"
@@ -7,22 +8,18 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
-	"time"
 )
 
-// settleAfter is how long after its last burst of work a keeper gives its memory back.
-const settleAfter = 3 * time.Second
-
-// beSmall trades speed that nobody needs here for memory: the collector starts at 4 MiB × this percentage, and each
+// BeSmall trades speed that nobody needs here for memory: the collector starts at 4 MiB × this percentage, and each
 // thread of the runtime has its own caches.
-func beSmall() {
+func BeSmall() {
 	debug.SetGCPercent(15)
 	runtime.GOMAXPROCS(min(2, runtime.NumCPU()))
 }
 
-// shrink gives back what the start or a burst of work has left: garbage, and the pages of this program that were
-// mapped for it and will not be needed soon (they stay in the page cache, shared by all keepers).
-func shrink() {
+// GiveBack returns what the start or a burst of work has left: garbage, and the pages of this program that were
+// mapped for it and will not be needed soon (they stay in the page cache, shared by all that run it).
+func GiveBack() {
 	runtime.GC() // twice in all: a pool keeps its buffers for one round
 	debug.FreeOSMemory()
 	maps, err := os.ReadFile("/proc/self/maps")
