@@ -263,6 +263,7 @@ class Agent(threading.Thread):
         self._listener.listen()
         self._keeper = os.open(live / "keeper.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
         fcntl.flock(self._keeper, fcntl.LOCK_EX)
+        (live / "container.json").touch()
 
     def run(self) -> None:
         while True:

@@ -176,6 +176,8 @@ def mmdebstrap_command(
     kept = {key: value for key, value in host_apt.items() if key.startswith(_HOST_APT)}
     merged_usr = _MERGED_USR_HOOKS.get(recipe.suite)
     return [
+        # If we are killed it is told to clean up; otherwise it would work on for nobody.
+        "setpriv", "--pdeathsig=TERM", "--",
         # As root it would mount in the host's namespace; killed hard, it would leave that there.
         *(["unshare", "--mount", "--propagation=slave", "--"] if root else []),
         "mmdebstrap",
