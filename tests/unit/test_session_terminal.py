@@ -56,14 +56,23 @@ def kill(number: int) -> None:
 
 
 def run_plain(story: Callable[[Peer], None]) -> int:
-    with played(story) as sock:
-        return run_session(sock, PLAIN, stdin_fd=None, stdout_fd=1, stderr_fd=2, tty=False)
+    with played(story) as sock, open(os.devnull, "rb") as stdin:
+        return run_session(sock, PLAIN, stdin_fd=stdin.fileno(), stdout_fd=1, stderr_fd=2, tty=False)
 
 
 def start(peer: Peer) -> None:
-    """Accept a command and let it run."""
+    """Accept a command, let it run, and wait until the session knows: it reads stdin then."""
     peer.accept()
     peer.send(Started(pid=7))
+    assert peer.read() == b""
+
+
+def terminate(peer: Peer) -> None:
+    """Send SIGTERM until the session has ended."""
+    with contextlib.suppress(ConnectionError):
+        kill(signal.SIGTERM)
+        while peer.sock.recv(4096):
+            kill(signal.SIGTERM)
 
 
 # ---- signals
@@ -73,7 +82,6 @@ def start(peer: Peer) -> None:
 def test_a_signal_is_the_commands(name: str) -> None:
     def story(peer: Peer) -> None:
         start(peer)
-        peer.read()
         kill(getattr(signal, f"SIG{name}"))
         assert peer.next_message() == Signal(signal=name)
         peer.finish(Exit(code=9))
@@ -153,14 +161,10 @@ def test_a_stalled_output_does_not_hold_signals_up() -> None:
     def story(peer: Peer) -> None:
         start(peer)
         peer.write(STDOUT, bytes(1 << 20))
-        peer.read()
         kill(signal.SIGINT)
         assert peer.next_message() == Signal(signal="INT")
         peer.finish(Exit(signal="INT"))
-        with contextlib.suppress(EOFError, ConnectionError):  # what nobody reads is not waited for
-            while True:
-                kill(signal.SIGTERM)
-                assert peer.next_message() == Signal(signal="TERM")
+        terminate(peer)  # what nobody reads is not waited for
 
     reader, writer = os.pipe()
     try:
@@ -176,10 +180,7 @@ def test_an_agent_that_does_not_read_cannot_fill_us_with_signals() -> None:
         start(peer)
         for _ in range(2000):
             kill(signal.SIGUSR1)
-        with contextlib.suppress(EOFError, ConnectionError):
-            while True:
-                kill(signal.SIGTERM)
-                assert isinstance(peer.next_message(), Signal)
+        terminate(peer)
 
     assert run_plain(story) == 143
 
@@ -212,6 +213,14 @@ def test_an_interrupted_capture_hangs_up() -> None:
 # ---- the terminal
 
 
+def start_in_terminal(peer: Peer, master: int) -> None:
+    """Accept a command, let it run, and wait until the session knows: a key arrives then."""
+    peer.accept()
+    os.write(master, b"x")
+    peer.send(Started(pid=7))
+    assert peer.read(1) == b"x"
+
+
 def run_in(slave: int, story: Callable[[Peer], None]) -> int:
     with played(story) as sock:
         return run_session(sock, TTY, stdin_fd=slave, stdout_fd=slave, stderr_fd=slave, tty=True)
@@ -239,7 +248,7 @@ def test_a_new_size_is_told() -> None:
     with terminal() as (master, slave):
 
         def story(peer: Peer) -> None:
-            start(peer)
+            start_in_terminal(peer, master)
             set_size(master, 50, 132)
             kill(signal.SIGWINCH)
             assert peer.next_message() == Resize(size=TerminalSize(rows=50, cols=132))
@@ -262,11 +271,11 @@ def test_the_mode_comes_back_from_failure() -> None:
 
 
 def test_a_terminal_that_hangs_up_ends_us() -> None:
-    with terminal() as (_, slave):
+    with terminal() as (master, slave):
         before = mode(slave)
 
         def story(peer: Peer) -> None:
-            start(peer)
+            start_in_terminal(peer, master)
             kill(signal.SIGHUP)
             assert peer.is_left()
 
@@ -275,11 +284,11 @@ def test_a_terminal_that_hangs_up_ends_us() -> None:
 
 
 def test_after_a_stop_the_terminal_is_raw_again() -> None:
-    with terminal() as (_, slave):
+    with terminal() as (master, slave):
         before = mode(slave)
 
         def story(peer: Peer) -> None:
-            start(peer)
+            start_in_terminal(peer, master)
             termios.tcsetattr(slave, termios.TCSANOW, before)  # as the shell does, that has the terminal in between
             kill(signal.SIGCONT)
             assert peer.next_message() == Resize(size=SIZE)
