@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -66,7 +67,7 @@ func (g *Guest) settleTwin(err error) {
 	}
 	state := twinReady
 	if err != nil {
-		state = "failed: " + err.Error()
+		state = "failed: " + strings.ReplaceAll(err.Error(), "\n", "; ")
 	}
 	g.mu.Lock()
 	g.twin = state

@@ -22,21 +22,42 @@ func BeSmall() {
 func GiveBack() {
 	runtime.GC() // twice in all: a pool keeps its buffers for one round
 	debug.FreeOSMemory()
-	maps, err := os.ReadFile("/proc/self/maps")
+	for _, mapping := range droppable("/proc/self/smaps") {
+		_, _, _ = syscall.Syscall(syscall.SYS_MADVISE, mapping.begin, mapping.end-mapping.begin, syscall.MADV_DONTNEED)
+	}
+}
+
+type mapping struct{ begin, end uintptr }
+
+// droppable gives the mappings of files that can be read again: read-only now, and with no page of our own in them. A
+// program that was relocated at its start (PIE, cgo) has such pages, and would lose them. Source: proc_pid_smaps(5).
+func droppable(path string) (list []mapping) {
+	text, err := os.ReadFile(path)
 	if err != nil {
-		return
+		return nil
 	}
-	for line := range strings.Lines(string(maps)) {
+	var current mapping
+	for line := range strings.Lines(string(text)) {
 		fields := strings.Fields(line)
-		// Only what is read from a file and never written: dropping anything else would lose it.
-		if len(fields) != 6 || fields[1] != "r-xp" && fields[1] != "r--p" || !strings.HasPrefix(fields[5], "/") {
-			continue
-		}
-		first, last, _ := strings.Cut(fields[0], "-")
-		begin, errBegin := strconv.ParseUint(first, 16, 64)
-		end, errEnd := strconv.ParseUint(last, 16, 64)
-		if errBegin == nil && errEnd == nil && begin < end {
-			_, _, _ = syscall.Syscall(syscall.SYS_MADVISE, uintptr(begin), uintptr(end-begin), syscall.MADV_DONTNEED)
+		switch {
+		case len(fields) >= 5 && strings.Contains(fields[0], "-"):
+			current = mapping{}
+			if len(fields) == 6 && (fields[1] == "r-xp" || fields[1] == "r--p") && strings.HasPrefix(fields[5], "/") {
+				current = parse(fields[0])
+			}
+		case len(fields) == 3 && fields[0] == "Anonymous:" && fields[1] == "0" && current.begin < current.end:
+			list = append(list, current)
 		}
 	}
+	return list
+}
+
+func parse(addresses string) mapping {
+	first, last, _ := strings.Cut(addresses, "-")
+	begin, errBegin := strconv.ParseUint(first, 16, 64)
+	end, errEnd := strconv.ParseUint(last, 16, 64)
+	if errBegin != nil || errEnd != nil {
+		return mapping{}
+	}
+	return mapping{uintptr(begin), uintptr(end)}
 }
