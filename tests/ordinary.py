@@ -116,10 +116,21 @@ def ordinary_user(session: Path) -> Generator[Ordinary]:
         namespace = stack.enter_context(_open_tun(session))
         roots = (folder / "data", folder / "run/berth", folder / "config", folder / "cache")
         layout = Layout(*roots)
-        yield Ordinary(
+        user = Ordinary(
             entry.pw_name, entry.pw_uid, entry.pw_gid, Path(entry.pw_dir), folder, layout,
             installed / "bin/berth", _find_python(entry), cgroup, namespace,
         )  # fmt: skip
+        yield user
+        _end_network(user)
+
+
+def _end_network(user: Ordinary) -> None:
+    """End the hub, which outlives the last machine on purpose; it refuses while a machine runs: a leak."""
+    script = (
+        "from berth.layout import Layout; from berth.net.network import teardown; teardown(Layout.from_environment())"
+    )
+    done = user.run([str(user.python), "-c", script])
+    assert done.status == 0, f"the network of {user.name}'s machines could not be ended: {done.stderr.decode()}"
 
 
 @contextlib.contextmanager
