@@ -133,9 +133,10 @@ def fetch_bootstrap(recipe: Recipe, ingest: Ingest, *, platform: Platform | None
     said = _Said()
     try:
         # From a directory that the unshared user can enter, wherever we were started.
-        with _listening(said, recipe, progress) as stderr:
+        with _listening(said, recipe, progress) as (stderr, ear):
             where = f"bootstrap:{recipe.name}"
-            with program_output(argv, where=where, stderr=stderr, cwd=Path("/")) as data:
+            # It gets the pipe's other end as well: should we be killed, what it says at its clean-up must not end it.
+            with program_output(argv, where=where, stderr=stderr, cwd=Path("/"), pass_fds=[ear]) as data:
                 return store_rootfs(data, ingest, platform=platform, annotations=annotations)
     except CommandError as error:
         raise BerthError(
@@ -177,7 +178,9 @@ def mmdebstrap_command(
     merged_usr = _MERGED_USR_HOOKS.get(recipe.suite)
     return [
         # If we are killed it is told to clean up; otherwise it would work on for nobody.
-        "setpriv", "--pdeathsig=TERM", "--",
+        "setpriv",
+        "--pdeathsig=TERM",
+        "--",
         # As root it would mount in the host's namespace; killed hard, it would leave that there.
         *(["unshare", "--mount", "--propagation=slave", "--"] if root else []),
         "mmdebstrap",
@@ -294,13 +297,13 @@ class _Said:
 
 
 @contextlib.contextmanager
-def _listening(said: _Said, recipe: Recipe, progress: Progress) -> Generator[int]:
-    """Yield a descriptor for a program's stderr; at the end of the block all of it has been heard."""
+def _listening(said: _Said, recipe: Recipe, progress: Progress) -> Generator[tuple[int, int]]:
+    """Yield both ends of a pipe for a program's stderr, writer first; at the end of the block all has been heard."""
     reader, writer = os.pipe()
     thread = threading.Thread(target=said.listen, args=(os.fdopen(reader, "rb"), recipe, progress), daemon=True)
     thread.start()
     try:
-        yield writer
+        yield writer, reader
     finally:
         os.close(writer)
         thread.join(timeout=10)  # a daemon that a package left behind may hold the other end

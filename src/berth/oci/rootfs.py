@@ -11,7 +11,7 @@ import contextlib
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, cast
 
@@ -87,13 +87,14 @@ def store_rootfs(
 
 @contextlib.contextmanager
 def program_output(
-    argv: list[str], *, where: str, stderr: int, cwd: Path | None = None
+    argv: list[str], *, where: str, stderr: int, cwd: Path | None = None, pass_fds: Sequence[int] = ()
 ) -> Generator[stream.ByteStream]:
     """Run a program that writes a tar archive. Raises CommandError at the end of the block when it failed.
 
     When the block fails, the program is ended and the block's error stands.
     """
-    with spawn(argv, stdout=-1, stderr=stderr, cwd=cwd, new_session=True) as process:  # -1 is PIPE
+    # -1 is PIPE
+    with spawn(argv, stdout=-1, stderr=stderr, cwd=cwd, pass_fds=pass_fds, new_session=True) as process:
         stdout = cast("IO[bytes]", process.stdout)
         try:
             yield stream.ByteStream(stream.pipe_chunks(stdout.fileno()), where=where)
