@@ -29,6 +29,7 @@ class Person:
     program: tuple[str, ...]
     python: tuple[str, ...]
     command: Callable[[Sequence[str | bytes], Mapping[str, str], Path | None], list[str | bytes]]
+    namespace: int | None = None  # the process whose mount namespace the person's commands run in
 
     @property
     def is_root(self) -> bool:
@@ -65,6 +66,10 @@ class Person:
     def run(self, machine: str, *words: str | bytes, **options: object) -> str:
         """Run a command in a machine, which must succeed; return its stdout."""
         return self.berth("run", "-n", machine, "--", *words, **options)  # type: ignore[arg-type]
+
+    def beside(self, argv: Sequence[str | bytes]) -> list[str | bytes]:
+        """Say what this process must start so that root's `argv` sees the mounts that the person sees."""
+        return [*(["nsenter", "-t", str(self.namespace), "-m", "--"] if self.namespace else []), *argv]
 
     def popen(
         self,
@@ -129,5 +134,6 @@ def as_ordinary(user: Ordinary) -> Person:
         return user.command(argv, env=env, cwd=cwd)
 
     return Person(
-        "user", user.uid, user.name, user.home, user.layout, (str(user.berth),), (str(user.python),), command
+        "user", user.uid, user.name, user.home, user.layout, (str(user.berth),), (str(user.python),), command,
+        user.namespace,
     )  # fmt: skip

@@ -75,10 +75,10 @@ def test_machines_reach_each_other_the_outside_and_names(world: World) -> None:
 def test_much_goes_out_and_comes_in(world: World) -> None:
     _one, one_pid = world.machine("one")
     two, two_pid = world.machine("two")
-    size = 8 * 1024 * 1024
+    size = 1024 * 1024  # more may make the pasta of Debian 12 stall (docs/network.md, "Known limits")
     assert world.exchange(one_pid, OUTSIDE, OUTSIDE_PORT, size) == size
     with serve_tcp(two_pid, "", _PORT):
-        assert world.exchange(one_pid, two.ip, _PORT, size) == size
+        assert world.exchange(one_pid, two.ip, _PORT, 8 * size) == 8 * size
 
 
 def test_machine_has_its_own_mac_and_address(world: World) -> None:
