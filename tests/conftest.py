@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 import tomllib
 from collections.abc import Generator
 from pathlib import Path
@@ -62,7 +61,7 @@ def session() -> Generator[Path]:
             patch.setenv(variable, str(folder / "stray" / name))  # a test that forgets `layout` harms nobody
         yield folder
     left = leaks.settle(before, folder, alone=is_alone())
-    shutil.rmtree(folder, ignore_errors=True)  # what keeps it from being removed is in `left`
+    leaks.remove_tree(folder)
     assert not left, "the tests left behind:\n" + "\n".join(left)
 
 
@@ -72,7 +71,7 @@ def scratch(session: Path) -> Generator[Path]:
     folder = session / f"t{next(_numbers)}"
     folder.mkdir(mode=0o755)
     yield folder
-    shutil.rmtree(folder)
+    leaks.remove_tree(folder)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -71,6 +72,23 @@ def settle(before: Snapshot, folder: Path, *, alone: bool) -> list[str]:
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(0.1)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder of the tests, but never anything through a mount that was left in it (the home, bind-mounted)."""
+    mounted = [target for target in _mount_targets() if target.is_relative_to(folder)]
+    for target in reversed(mounted):
+        proc.run(["umount", "--lazy", "--no-canonicalize", str(target)], timeout_s=30, success=range(256))
+    left = [target for target in _mount_targets() if target.is_relative_to(folder)]
+    assert not left, f"mounts that can't be taken away: {left}"
+    shutil.rmtree(folder)
+    assert not mounted, f"mounts were left: {mounted}"
+
+
+def _mount_targets() -> list[Path]:
+    # Source: proc(5), mountinfo: blanks and backslashes are written in octal.
+    targets = (line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    return [Path(re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), target)) for target in targets]
 
 
 def _processes(mark: bytes, *, alone: bool) -> Iterator[str]:

@@ -129,7 +129,7 @@ def _end_network(user: Ordinary) -> None:
     script = (
         "from berth.layout import Layout; from berth.net.network import teardown; teardown(Layout.from_environment())"
     )
-    done = user.run([str(user.python), "-c", script])
+    done = user.run([str(user.python), "-c", script], cwd=Path("/"))
     assert done.status == 0, f"the network of {user.name}'s machines could not be ended: {done.stderr.decode()}"
 
 

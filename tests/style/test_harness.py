@@ -46,6 +46,19 @@ def test_a_mount_that_is_left_is_found(session: Path, scratch: Path) -> None:
 
 
 @pytest.mark.root
+def test_nothing_is_removed_through_a_mount(scratch: Path) -> None:
+    (scratch / "home").mkdir()
+    (scratch / "home/precious").touch()
+    target = scratch / "tests folder/mount"
+    target.mkdir(parents=True)
+    proc.run(["mount", "--bind", str(scratch / "home"), str(target)])
+    with pytest.raises(AssertionError, match="mounts were left"):
+        leaks.remove_tree(scratch / "tests folder")
+    assert not (scratch / "tests folder").exists()
+    assert (scratch / "home/precious").exists()
+
+
+@pytest.mark.root
 def test_the_whole_machine_can_be_looked_at(session: Path) -> None:
     before = leaks.Snapshot.take(session, alone=True)
     assert any(thing.startswith("/tmp/") for thing in before.things["file"])
