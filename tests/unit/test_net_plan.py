@@ -139,6 +139,10 @@ def test_pasta_lets_nothing_of_the_host_in(forward_dns: bool, words: list[str]) 
     ]  # fmt: skip
 
 
+def test_uplink() -> None:
+    assert plan.uplink_batch() == "link set dev uplink txqueuelen 20000\n"
+
+
 def test_upstream() -> None:
     by_file = Upstream(file=RESOLV_CONF)
     assert plan.plan_upstream(RESOLVED, user=False, path=RESOLV_CONF) == by_file

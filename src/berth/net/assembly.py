@@ -170,12 +170,13 @@ class Assembly:
         )  # fmt: skip
         try:
             run(argv, timeout_s=_START_S)  # it returns when the uplink stands, and goes on in the background
+            self.record.pasta = _read_pid(pid_file)
+            run(self.inside(["ip", "-batch", "-"]), input=plan.uplink_batch().encode(), timeout_s=_START_S)
         except DeadlineError as error:
             self.record.retry_pasta = now + _RETRY_S
             return f"no internet in machines: {error}"
         except BerthError as error:
             return f"no internet in machines: {error}"
-        self.record.pasta = _read_pid(pid_file)
         return None
 
     # Names ------------------------------------------------------------------------------------------------------------

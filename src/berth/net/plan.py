@@ -15,6 +15,9 @@ from berth.net.subnet import Subnet
 # Where pasta answers DNS for the hub: link-local, so that no network of anyone's is hidden by it.
 FORWARDED_DNS = "169.254.1.1"
 UPLINK = "uplink"
+# Packets that may wait for pasta. A TAP drops what is beyond, and pasta offers windows larger than the kernel's 1000
+# packets: without this, uploads lose whole bursts of segments.
+_UPLINK_QUEUE = 20000
 DOMAIN = "berth"
 
 
@@ -178,6 +181,11 @@ def pasta_command(holder: int, *, forward_dns: bool, pid_file: Path, log: Path) 
         "--no-map-gw", *(["--dns-forward", FORWARDED_DNS] if forward_dns else []),
         "--pid", str(pid_file), "--log-file", str(log),
     ]  # fmt: skip
+
+
+def uplink_batch() -> str:
+    """Say what ``ip -batch -`` does in the hub once pasta has made its interface."""
+    return f"link set dev {UPLINK} txqueuelen {_UPLINK_QUEUE}\n"
 
 
 def plan_upstream(resolv_conf: str, *, user: bool, path: Path) -> Upstream:
