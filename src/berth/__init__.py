@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from berth.errors import (
         AgentError,
         BerthError,
+        BootError,
         BusyError,
         CommandError,
         DeadlineError,
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "AgentError", "BerthError", "BusyError", "Client", "CommandError", "Completed", "DeadlineError", "ExistsError",
-    "FormatError", "Image", "ImageFormatError", "InvalidArgumentError", "InvalidStateError", "Machine",
+    "AgentError", "BerthError", "BootError", "BusyError", "Client", "CommandError", "Completed", "DeadlineError",
+    "ExistsError", "FormatError", "Image", "ImageFormatError", "InvalidArgumentError", "InvalidStateError", "Machine",
     "NotFoundError", "ProtocolError", "RegistryError", "StateFormatError", "UnsupportedError", "__version__",
 ]  # fmt: skip
 

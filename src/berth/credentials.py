@@ -43,17 +43,23 @@ class Hidden(NamedTuple):
     directory: bool
 
 
-def plan_hidden(home: str, views: Sequence[View], expose: Iterable[str]) -> list[Hidden]:
+def plan_hidden(home: str, views: Sequence[View], expose: Iterable[str], own: Sequence[str] = ()) -> list[Hidden]:
     """Say which paths in the machine must be covered; reads the host's file system, changes nothing.
 
     Symbolic links are followed to where the secret really lies. A path that the user asked to `expose` (relative to
     the home or absolute), or mounted itself, is left open; so is what lies outside every view.
+    own: berth's own directories, absolute. They are never open: a machine could become another one by them.
     """
-    open_paths = {os.path.normpath(os.path.join(home, path)) for path in expose}
+    exposed = {os.path.normpath(os.path.join(home, path)) for path in expose}
     found: dict[str, Hidden] = {}
-    for relative, directory in _listed():
-        path = os.path.join(home, relative)
-        if path in open_paths or not _is_kind(path, directory=directory):
+    wanted = [(path.strip("/"), path, True) for path in own]
+    wanted += [
+        (relative, path, directory)
+        for relative, directory in _listed()
+        if (path := os.path.join(home, relative)) not in exposed
+    ]
+    for relative, path, directory in wanted:
+        if not _is_kind(path, directory=directory):
             continue
         real = os.path.realpath(path)
         for view in views:

@@ -9,6 +9,7 @@ Owns: every exception that berth raises on purpose. Anyone may raise and catch t
     ├── InvalidStateError       code "invalid_state" right thing, wrong moment (running, stopped, broken)
     ├── BusyError               code "busy"          somebody else holds it
     ├── DeadlineError           code "timeout"       it did not happen in time
+    ├── BootError               code "boot"          a machine was started and did not come up
     ├── UnsupportedError        code "unsupported"   this host cannot; names what is missing and how to get it
     ├── FormatError             code "format"        a document or archive breaks its specification
     │   ├── ImageFormatError    an OCI document, layer or archive
@@ -64,6 +65,10 @@ class BusyError(BerthError):
 
 class DeadlineError(BerthError):
     code = "timeout"
+
+
+class BootError(BerthError):
+    code = "boot"
 
 
 class UnsupportedError(BerthError):

@@ -22,7 +22,7 @@ from berth.bundle import Bundle, Listed
 from berth.config import BootConfig, Change, HostUser, MachineConfig, apply_assignments
 from berth.engine.base import STOPPED, Engine, Liveness, Machine
 from berth.engine.select import choose_isolation, engine_for
-from berth.errors import BerthError, DeadlineError, InvalidStateError, NotFoundError
+from berth.errors import BerthError, BootError, DeadlineError, InvalidStateError, NotFoundError
 from berth.files import load_json
 from berth.images import Images, StoredImage
 from berth.layout import Layout
@@ -30,6 +30,7 @@ from berth.log import log
 from berth.machineinfo import MachineInfo, Status
 from berth.names import MachineName, parse_machine_name, parse_reference
 from berth.net import addresses
+from berth.net.network import teardown
 from berth.progress import Progress, Silent
 from berth.units import utc_now
 
@@ -117,8 +118,10 @@ class Machines:
             self._ensure_template(engine, image, progress)
             if boot:
                 self.start(checked, progress=progress)
-        except BaseException:
+        except BaseException as error:
             self.remove(checked, force=True)
+            if isinstance(error, BootError):  # its hint is about a machine that is gone now
+                error.hint = f"to look into it: create it with --no-boot, then berth start {checked}"
             raise
         if set_default:
             self.set_default(checked)
@@ -153,6 +156,13 @@ class Machines:
             addresses.release(self.layout, checked)
             bundles.delete(self.layout, checked)
         self._empty_trash()
+        if not bundles.list_bundles(self.layout):
+            self._end_network()
+
+    def _end_network(self) -> None:
+        """Take the network down unless a machine runs: it would only take memory."""
+        with contextlib.suppress(InvalidStateError):
+            teardown(self.layout)
 
     def _empty_trash(self) -> None:
         engine = engine_for("container", self.layout)
@@ -266,7 +276,8 @@ class Machines:
             name=name, status=status, isolation=config.isolation, image_reference=config.image_reference,
             image_digest=config.image_digest, platform=config.platform, address=reachable,
             ports=self._ports(name), cpus=boot.cpus, memory=boot.memory, disk=boot.disk,
-            home_mount=boot.home_mount, mounts=boot.mounts, expose=boot.expose, env=boot.env, kernel=boot.kernel,
+            home_mount=boot.home_mount, mounts=boot.mounts, expose=boot.expose, env=boot.env,
+            kernel=boot.kernel or (os.uname().release if alive.init_pid else None),
             virtualization=boot.virtualization, autostart=boot.autostart, ssh_agent=boot.ssh_agent,
             user=config.user, created=config.created, started=alive.started, default=name == default,
             console_path=str(listed.bundle.console_log), init_pid=alive.init_pid, keeper_pid=alive.keeper_pid,
@@ -383,6 +394,7 @@ class Machines:
         progress.step("removing unused images")
         self.images.prune(self.images_in_use)
         self.prune_templates()
+        self._end_network()
 
     def prune_templates(self) -> None:
         """Remove templates whose image is neither stored nor used by a machine."""

@@ -62,6 +62,14 @@ def test_a_mount_of_the_path_itself_is_a_wish_to_see_it(tmp_path: Path) -> None:
     assert plan_hidden(str(home), [View(f"{home}/.ssh", "/keys")], ()) == []
 
 
+def test_berths_own_folders_are_never_open(tmp_path: Path) -> None:
+    home = _home(tmp_path)
+    data = home / ".local/share/berth"
+    data.mkdir(parents=True)
+    hidden = plan_hidden(str(home), [View(str(home), str(home))], (".local/share/berth",), [str(data), "/no/such"])
+    assert [item.path for item in hidden if item.path == str(data)] == [str(data)]
+
+
 def test_the_documented_list_is_the_list() -> None:
     text = _DOCS.read_text()
     for marker, paths in (("DIRECTORIES", DIRECTORIES), ("FILES", FILES)):

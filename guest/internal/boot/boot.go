@@ -49,6 +49,11 @@ func Main() int {
 		say(problem)
 	}
 	init := initsys.Detect("", doc.Init)
+	if init.System == initsys.Systemd {
+		if err := copyJournalToConsole(""); err != nil {
+			say(fmt.Errorf("the journal is not copied to the console: %w", err))
+		}
+	}
 	notify, name, err := notifySocket()
 	if err != nil {
 		say(fmt.Errorf("no notify socket: %w", err)) // the state is asked for instead

@@ -262,3 +262,14 @@ func TestLookUp(t *testing.T) {
 		}
 	}
 }
+
+func TestJournalGoesToTheConsole(t *testing.T) {
+	root, _ := guest(t)
+	if err := copyJournalToConsole(root); err != nil {
+		t.Fatal(err)
+	}
+	data, err := os.ReadFile(root + "/run/systemd/journald.conf.d/50-berth.conf")
+	if err != nil || !strings.Contains(string(data), "ForwardToConsole=yes") {
+		t.Errorf("%q, %v", data, err)
+	}
+}

@@ -49,6 +49,17 @@ func Prepare(root string, doc *Document) []error {
 	return problems
 }
 
+// copyJournalToConsole lets what services say outlive the machine: the host keeps the console's log, the journal may be
+// in memory. Below /run, so that the image's own files stay as they are. Source: journald.conf(5).
+func copyJournalToConsole(root string) error {
+	dir := root + "/run/systemd/journald.conf.d"
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	text := "# written by berth\n[Journal]\nForwardToConsole=yes\nMaxLevelConsole=info\n"
+	return files.Write(dir+"/50-berth.conf", []byte(text), files.Attr{Mode: 0o644})
+}
+
 func firstBoot(root, instance string) bool {
 	data, err := os.ReadFile(root + instancePath)
 	return err != nil || strings.TrimSuffix(string(data), "\n") != instance

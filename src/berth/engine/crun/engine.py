@@ -24,7 +24,7 @@ from berth.agentbinary import find_agent
 from berth.engine.base import STOPPED, Liveness, Machine
 from berth.engine.crun import cgroups
 from berth.engine.crun.plan import boot_document, container_id, plan_launch
-from berth.errors import BerthError, BusyError, DeadlineError, StateFormatError, UnsupportedError
+from berth.errors import BerthError, BootError, BusyError, DeadlineError, StateFormatError, UnsupportedError
 from berth.layout import Layout
 from berth.log import log
 from berth.net.network import Network, ensure, publish, withdraw
@@ -247,7 +247,7 @@ class ContainerEngine:
             with AgentClient(connect(path, timeout_s=_READY_S), timeout_s=_READY_S) as client:
                 client.status()
         except (OSError, BerthError) as error:
-            raise BerthError(
+            raise BootError(
                 f"machine '{machine.config.name}' did not boot: {self._last_words(machine) or error}",
                 hint=f"berth logs --boot {machine.config.name}",
             ) from error

@@ -139,11 +139,13 @@ def plan_binds(machine: Machine, *, idmapped: bool) -> list[Bind]:
         for mount in sorted(boot.mounts, key=lambda mount: mount.destination)
     ]
     views = [View(os.path.realpath(bind["source"]), bind["target"]) for bind in binds if bind["directory"]]
-    for hidden in plan_hidden(user.home, views, boot.expose):
-        own = machine.bundle.private / hidden.relative.replace("/", "%")
+    layout = machine.bundle.layout
+    own = [str(path) for path in (layout.data, layout.cache, layout.config, layout.runtime)]
+    for hidden in plan_hidden(user.home, views, boot.expose, own):
+        cover = machine.bundle.private / hidden.relative.replace("/", "%")
         binds.append(
             Bind(
-                source=str(own), target=hidden.path, directory=hidden.directory,
+                source=str(cover), target=hidden.path, directory=hidden.directory,
                 read_only=not hidden.directory, idmapped=idmapped,
             )
         )  # fmt: skip
