@@ -87,6 +87,22 @@ def test_a_hidden_folder_is_the_machines_own(person: Person, secrets: Path, mach
     assert person.run(name, "cat", f"{secrets}/.aws/own") == "mine\n"
 
 
+def test_berths_own_folders_are_covered(person: Person, project: Path, alpine: str, alpine_tar: Path) -> None:
+    """With its data below the home, as users have it, no machine sees or writes another machine's files."""
+    del alpine
+    roots = {"BERTH_DATA_DIR": str(project / "data")}
+    person.berth(
+        "create", f"rootfs:{alpine_tar}", "--name", "covered", "--no-boot", "--expose", str(project / "data"), env=roots
+    )
+    try:
+        listing = person.berth("run", "-n", "covered", "--root", "--", "ls", "-A", str(project / "data"), env=roots)
+        assert listing == ""
+        person.berth("run", "-n", "covered", "--root", "--", "touch", str(project / "data/machines"), env=roots)
+        assert (project / "data/machines").is_dir()
+    finally:
+        person.berth("rm", "--force", "covered", env=roots)
+
+
 def test_home_read_only_and_none(person: Person, machine: Callable[..., str], project: Path) -> None:
     name = machine("--home-mount", "ro")
     assert person.run(name, "cat", "hello.txt", cwd=project) == "hello from the host\n"

@@ -74,6 +74,14 @@ def test_logs(person: Person, debian: str) -> None:
     assert len(person.berth("logs", debian, "-n", "3").splitlines()) <= 3
 
 
+def test_logs_of_a_stopped_machine_hold_its_services_words(person: Person, debian: str) -> None:
+    person.berth("run", "-n", debian, "--root", "--", "logger", "-t", "berth-test", "words that outlive the machine")
+    person.berth("stop", debian)
+    assert "words that outlive the machine" in person.berth("logs", debian)
+    person.berth("start", debian)
+    person.berth("wait", debian, "--for", "init", "--timeout", "60")
+
+
 def test_default_machine(person: Person, debian: str, alpine: str) -> None:
     assert person.berth("set-default", alpine).strip() == alpine
     assert "Alpine" in person.berth("run", "--", "cat", "/etc/os-release")
