@@ -173,7 +173,8 @@ def test_root_makes_devices_and_capabilities(scratch: Path) -> None:
     capability = bytes.fromhex("0100000200200000000000000000000000000000")  # cap_net_raw=ep, as in /bin/ping
     unpack(
         scratch / "root",
-        member("null", kind=b"3", device=(1, 3), mode=0o666, uid=5, gid=6) + member("sda", kind=b"4", device=(8, 0x12345))
+        member("null", kind=b"3", device=(1, 3), mode=0o666, uid=5, gid=6)
+        + member("sda", kind=b"4", device=(8, 0x12345))
         + member("ping", b"x", uid=7, gid=8, mode=0o4755, pax={"SCHILY.xattr.security.capability": capability}),
         devices="make",
     )  # fmt: skip

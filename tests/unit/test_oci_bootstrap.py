@@ -58,8 +58,9 @@ def test_recipes() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "debian", "fedora/40", "debian/", "debian/../x", "debian/bookworm?", "debian/bookworm?x", "debian/bookworm?x=1",
-     "debian/bookworm?init=upstart", "debian/bookworm?include=--evil", "debian/bookworm?include=a;b", "Debian/bookworm"],
+    ["", "debian", "fedora/40", "debian/", "debian/../x", "debian/bookworm?", "debian/bookworm?x",
+     "debian/bookworm?x=1", "debian/bookworm?init=upstart", "debian/bookworm?include=--evil",
+     "debian/bookworm?include=a;b", "Debian/bookworm"],
 )  # fmt: skip
 def test_bad_recipes(text: str) -> None:
     if text == "debian/bookworm?":

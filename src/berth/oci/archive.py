@@ -130,7 +130,7 @@ def opened_archive(path: Path, ingest: Ingest) -> Generator[ArchiveFiles]:
         fd = seekable(fd, ingest, stack, where=str(path))
         if stream.codec_of(fd):
             plain = stack.enter_context(ingest.scratch())
-            with stream.opened(fd, where=str(path), limit=_UNPACKED_MAX) as data, writing("the decompressed archive"):
+            with stream.opened(fd, where=str(path), limit=_UNPACKED_MAX) as data, writing(ingest.path):
                 while piece := data.read(stream.CHUNK):
                     stream.write_all(plain.fileno(), piece)
             fd = plain.fileno()
@@ -158,7 +158,7 @@ def seekable(fd: int, ingest: Ingest, stack: contextlib.ExitStack, *, where: str
     if stat.S_ISDIR(mode):
         raise ImageFormatError(f"{where} is a directory, not an archive")
     copy = stack.enter_context(ingest.scratch())
-    with writing("the copy of the input"):
+    with writing(ingest.path):
         for chunk in stream.pipe_chunks(fd):
             stream.write_all(copy.fileno(), chunk)
     return copy.fileno()

@@ -437,5 +437,6 @@ def _bounded(mtime_ns: int) -> int:
 
 
 def _show(name: bytes) -> str:
-    """Print a name of any bytes in one line."""
-    return name.decode(errors="backslashreplace").encode("unicode_escape").decode().replace("\\\\", "\\")
+    """Print a name of any bytes in one line. No codec but UTF-8: others would be loaded, from files out of reach."""
+    text = name.decode(errors="backslashreplace")
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)

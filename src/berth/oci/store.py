@@ -324,17 +324,17 @@ class Ingest:
 
     def __init__(self, store: Store, place: Path) -> None:
         self._store = store
-        self._place = place
+        self.path = place
         self._sizes: dict[Digest, int] = {}
 
     def has(self, descriptor: Descriptor) -> bool:
         """Say whether the blob is here or in the store already; from now on it can't go away."""
         if descriptor.digest in self._sizes:
             return True
-        with writing(self._place):
-            if not self._store.link(descriptor.digest, self._place):
+        with writing(self.path):
+            if not self._store.link(descriptor.digest, self.path):
                 return False
-        path = self._place / hex_of(descriptor.digest)
+        path = self.path / hex_of(descriptor.digest)
         if path.stat().st_size != descriptor.size:
             path.unlink()  # a damaged one: the import brings it anew, and its commit replaces it
             return False
@@ -359,7 +359,7 @@ class Ingest:
     @contextlib.contextmanager
     def writer(self) -> Generator[BlobWriter]:
         """Write a blob piece by piece; what is not finished at the end of the block is removed."""
-        partial = self._place / f"{secrets.token_hex(8)}.partial"
+        partial = self.path / f"{secrets.token_hex(8)}.partial"
         with writing(partial):
             fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -370,7 +370,7 @@ class Ingest:
 
     def scratch(self) -> IO[bytes]:
         """Open a file without a name, for what has to be seekable; it ends with its last descriptor."""
-        path = self._place / f"{secrets.token_hex(8)}.partial"
+        path = self.path / f"{secrets.token_hex(8)}.partial"
         with writing(path):
             file = open(path, "w+b")  # noqa: SIM115 (the caller closes it)
         path.unlink()
@@ -378,11 +378,11 @@ class Ingest:
 
     def read(self, descriptor: Descriptor) -> bytes:
         """Return a document of this import."""
-        return (self._place / hex_of(descriptor.digest)).read_bytes()
+        return (self.path / hex_of(descriptor.digest)).read_bytes()
 
     def open(self, digest: Digest) -> int:
         """Open a blob of this import for reading."""
-        return os.open(self._place / hex_of(digest), os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(self.path / hex_of(digest), os.O_RDONLY | os.O_CLOEXEC)
 
     def commit(self, manifest: Descriptor, references: Sequence[str]) -> None:
         """Put the image into the store under `references`. Everything it needs has been added."""
@@ -394,7 +394,7 @@ class Ingest:
             self._check_complete(manifest)
         with self._store.exclusive() as lock, writing(self._store.root):
             self._store.entries()  # raises for a damaged index, before anything is changed
-            self._store.adopt(lock, self._place, self._sizes)
+            self._store.adopt(lock, self.path, self._sizes)
             for manifest, references in images:
                 self._store.tag(lock, manifest, references)
         self._sizes.clear()
@@ -407,7 +407,7 @@ class Ingest:
                 raise ImageFormatError(f"blob {needed.digest} is missing in the image")
 
     def _keep(self, partial: Path, blob: Blob) -> None:
-        os.replace(partial, self._place / hex_of(blob.digest))
+        os.replace(partial, self.path / hex_of(blob.digest))
         self._sizes[blob.digest] = blob.size
 
 

@@ -56,7 +56,7 @@ class TarReader:
     """Iterates over the entries of a stream; `pieces` gives the data of the entry that came last.
 
     Raises ImageFormatError for everything that is not a whole, well-formed archive. An archive without the two zero
-    blocks at its end is accepted when it ends between two entries, as GNU tar and docker do.
+    blocks at its end is accepted when it ends between two entries, or in the padding of the last, as docker does.
     """
 
     def __init__(self, stream: ByteStream) -> None:
@@ -96,7 +96,9 @@ class TarReader:
         name = link = b""
         self._meta = 0
         while True:
-            self._stream.skip(self._left + self._padding)
+            self._stream.skip(self._left)
+            # Padding that is cut short is no loss: umoci's last entry has none, and Go's reader minds as little.
+            self._stream.read(self._padding)
             self._left = self._padding = 0
             block = self._stream.read(BLOCK)
             if not block or block == _ZERO_BLOCK:
