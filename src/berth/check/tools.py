@@ -39,6 +39,7 @@ _TOOLS = (
     Tool("dnsmasq", "--version", "without it machines do not find each other by name"),
     Tool("pasta", "--version", "without it an ordinary user's machines reach nothing outside", needed_by="user"),
     Tool("mmdebstrap", "--version", "without it bootstrap: images can't be made; all others can be used"),
+    Tool("zstd", "--version", "without it images with zstd layers can't be unpacked; all others can"),
     Tool("buildah", "--version", "without it 'berth build' does not work; everything else does"),
     Tool("skopeo", "--version", "nothing needs it: it reads and copies the image store from outside"),
     Tool("mke2fs", "-V", "without it no VM has a disk; container machines do not need it"),
