@@ -19,11 +19,12 @@ from berth.errors import (
     InvalidStateError,
     NotFoundError,
     RegistryError,
+    UnsupportedError,
 )
 from berth.layout import Layout
 from berth.names import ImageReference, parse_reference
 from berth.oci import spec
-from berth.oci.bootstrap import fetch_bootstrap, is_bootstrappable, parse_recipe
+from berth.oci.bootstrap import check_host, fetch_bootstrap, is_bootstrappable, parse_recipe
 from berth.oci.digest import Digest, parse_prefix
 from berth.oci.registry import pull
 from berth.oci.rootfs import fetch_rootfs
@@ -176,8 +177,9 @@ class Images:
 
         One without a name is told by its digest.
         """
-        (progress or Silent()).step(f"loading {file}")
-        with self._store.ingest() as ingest:
+        progress = progress or Silent()
+        progress.step(f"loading {file}")
+        with self._store.ingest(progress.advance) as ingest:
             fetched = fetch_archive(file, ingest, platform=None)
             ingest.commit_all([(item.manifest, item.names) for item in fetched])
         return [name for item in fetched for name in item.names or (item.manifest.digest,)]
@@ -249,7 +251,9 @@ class Images:
 
     def _fetch(self, reference: ImageReference, platform: Platform | None, progress: Progress) -> StoredImage:
         name = str(reference)
-        with self._store.ingest() as ingest:
+        # A root file system tells by itself how far its archive is read, and knows the total.
+        copied = progress.advance if reference.transport != "rootfs" else Silent().advance
+        with self._store.ingest(copied) as ingest:
             fingerprint = _fingerprint(reference)  # before it is read: a change after that is seen the next time
             manifest = self._fetch_into(ingest, reference, platform, progress)
             source = {_SOURCE: fingerprint} if fingerprint else {}
@@ -287,6 +291,12 @@ class Images:
         except RegistryError as error:
             if recipe is None:
                 raise
+            try:
+                check_host(parse_recipe(recipe), platform)
+            except UnsupportedError as why:
+                raise RegistryError(
+                    f"{error.message}; nor can it be bootstrapped: {why.message}", hint=why.hint
+                ) from why
             progress.note(f"{error.message}; bootstrapping {recipe} from the package mirror instead")
         return fetch_bootstrap(parse_recipe(recipe), ingest, platform=platform, progress=progress)
 

@@ -16,7 +16,7 @@ from time import monotonic
 
 from berth.agent import lost
 from berth.errors import AgentError, BerthError, DeadlineError, ProtocolError
-from berth.outputs import FdOutput, MemoryOutput
+from berth.outputs import FdOutput, MemoryOutput, widen_pipe
 from berth.signals import SignalStream, number_of
 from berth.terminal import RawMode, window_size
 from berth.version import VERSION
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from berth.outputs import Output
     from berth.wire.messages import ExecRequest, Message, ToGuest, ToHost
 
+_FULL_PIPE = 65536  # what a pipe holds by default; pipe(7)
 _GATHERED = 64  # buffers in one sendmsg; IOV_MAX is 1024
 _MAX_UNSENT = 64  # buffers that may wait for an agent that does not read; signals beyond that are dropped
 _START_STATUS = {"not_found": 127, "not_executable": 126}
@@ -115,15 +116,20 @@ class _FdSource:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self._buffer: memoryview | None = None
+        self._widened = False
 
     def take(self, limit: int) -> memoryview:
         """Return up to `limit` bytes; none at the end of file. Call it when the descriptor is readable."""
         if self._buffer is None:
             self._buffer = memoryview(bytearray(MAX_DATA))
         try:
-            return self._buffer[: os.readv(self.fd, [self._buffer[:limit]])]
+            count = os.readv(self.fd, [self._buffer[:limit]])
         except OSError:
             return self._buffer[:0]  # EIO: the terminal hung up; EISDIR; EBADF: closed by who started us
+        if count == _FULL_PIPE and not self._widened:
+            self._widened = True
+            widen_pipe(self.fd)
+        return self._buffer[:count]
 
 
 class _BytesSource:

@@ -22,6 +22,7 @@ from berth.proc import require_program, run, spawn
 
 # Beyond the ranges of useradd (subuid) and of systemd-nspawn (524288 to 1879048191), below 2^31.
 ROOT_BASE = 0x7148_0000
+ROOT_SIZE = 1 << 20  # so that users inside can have subordinate ids of their own (100000 and up)
 SIZE = 65536
 _START_S = 20.0
 
@@ -59,7 +60,7 @@ def plan_idmap(uid: int, gid: int) -> IdMap:
     Raises UnsupportedError when an ordinary user has no subordinate ids.
     """
     if uid == 0:
-        shifted = (Extent(0, ROOT_BASE, SIZE),)
+        shifted = (Extent(0, ROOT_BASE, ROOT_SIZE),)
         return IdMap(shifted, shifted)
     name = pwd.getpwuid(uid).pw_name
     return IdMap(

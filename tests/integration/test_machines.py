@@ -56,7 +56,7 @@ def test_no_python_stays_on_the_host(person: Person, debian: str) -> None:
     """Only the keeper does, and, of an ordinary user, the hub's processes."""
     del debian
     mark = str(person.layout.runtime).encode()
-    python = []
+    python: list[bytes] = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             command = (entry / "cmdline").read_bytes()

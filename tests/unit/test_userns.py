@@ -14,9 +14,9 @@ from berth.userns import Extent, IdMap
 
 def test_root_is_shifted_as_a_whole() -> None:
     idmap = userns.plan_idmap(0, 0)
-    assert idmap.uids == idmap.gids == (Extent(0, userns.ROOT_BASE, 65536),)
+    assert idmap.uids == idmap.gids == (Extent(0, userns.ROOT_BASE, 1 << 20),)
     assert idmap.host_root() == userns.ROOT_BASE
-    assert idmap.nested().uids == (Extent(0, 0, 65536),)
+    assert idmap.nested().uids == (Extent(0, 0, 1 << 20),)
 
 
 def test_keep_id_keeps_the_users_own_id() -> None:

@@ -125,8 +125,7 @@ def fetch_bootstrap(recipe: Recipe, ingest: Ingest, *, platform: Platform | None
 
     Raises UnsupportedError when this host can't, CommandError when mmdebstrap failed.
     """
-    _check_host(platform)
-    sources = plan_sources(recipe, read_apt_sources(), _host_codename())
+    sources = check_host(recipe, platform)
     argv = mmdebstrap_command(recipe, sources, root=os.geteuid() == 0, host_apt=_host_apt())
     progress.step(f"bootstrapping {recipe.name}")
     annotations = {ANNOTATION: recipe.name, "dev.berth.init": recipe.init}
@@ -224,7 +223,13 @@ def _finish_script(sources: Sequence[AptSource], host_apt: Mapping[str, str]) ->
     ])  # fmt: skip
 
 
-def _check_host(platform: Platform | None) -> None:
+def check_host(recipe: Recipe, platform: Platform | None) -> list[AptSource]:
+    """Find out whether this host can make it; return the sources it would get. Raises UnsupportedError."""
+    _check_programs(platform)
+    return plan_sources(recipe, read_apt_sources(), _host_codename())
+
+
+def _check_programs(platform: Platform | None) -> None:
     require_program("mmdebstrap", package="mmdebstrap")
     if platform is not None and not platform.same(spec.host_platform()):
         raise UnsupportedError(f"only images for {spec.host_platform()} can be bootstrapped here, not for {platform}")

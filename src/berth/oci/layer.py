@@ -19,7 +19,7 @@ from typing import Literal
 from berth.errors import BerthError, ImageFormatError, UnsupportedError
 from berth.oci import tar
 from berth.oci.stream import ByteStream, write_all
-from berth.oci.tree import Place, Tree, open_directory, split
+from berth.oci.tree import Place, Tree, make_directory, open_directory, split
 from berth.units import GIB
 
 Devices = Literal["make", "skip"]
@@ -217,7 +217,7 @@ class _Layer:
             # An opaque directory is a new one: it does mean to replace the link into /usr after all.
             self._merged.discard(path)
             self._tree.remove(self._tree.root, path)
-            os.mkdir(path, 0o755, dir_fd=self._tree.root.fd)
+            make_directory(path, self._tree.root.fd)
             self._made(path)
         place = self._tree.directory(path, make=False)
         if place is not None:

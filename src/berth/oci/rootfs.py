@@ -42,7 +42,7 @@ def fetch_rootfs(
     annotations: Mapping[str, str],
     progress: Callable[[int, int | None], None],
 ) -> Descriptor:
-    """Make an image of a directory or of a tar archive (plain, gzip, xz, bzip2, zstd; `-` is stdin).
+    """Make an image of a directory or of a tar archive (plain, gzip, xz, bzip2, zstd; a pipe as well).
 
     Its architecture is that of its own programs. progress: told bytes. Raises ImageFormatError for what is no root
     file system, or not one for `platform`.

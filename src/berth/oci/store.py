@@ -34,6 +34,7 @@ from berth.oci.spec import Descriptor
 LAYOUT_VERSION = "1.0.0"
 _LOCK_S = 60.0
 
+Told = Callable[[int, int | None], None]  # as Progress.advance
 _Entry = dict[str, object]  # of index.json, with members that we don't know
 
 
@@ -197,8 +198,11 @@ class Store:
     # Importing
 
     @contextlib.contextmanager
-    def ingest(self) -> Generator[Ingest]:
-        """Begin an import. Whatever it has not committed at the end of the block is removed."""
+    def ingest(self, progress: Told = lambda _done, _total: None) -> Generator[Ingest]:
+        """Begin an import. Whatever it has not committed at the end of the block is removed.
+
+        progress: told the bytes written so far, all blobs together.
+        """
         with self.exclusive():
             self._load()  # what is damaged should be known before a long download, not after it
         place = self._ingest / f"{os.getpid()}-{secrets.token_hex(4)}"
@@ -208,7 +212,7 @@ class Store:
                 place.mkdir(mode=0o700)
                 stack.enter_context(locks.hold(place / "lock"))
                 stack.callback(_remove_flat, place)
-            yield Ingest(self, place)
+            yield Ingest(self, place, progress)
 
     def adopt(self, lock: StoreLock, place: Path, digests: Iterable[Digest]) -> None:
         """Move complete blobs of an import in."""
@@ -322,10 +326,12 @@ class Store:
 class Ingest:
     """One import at work: its complete blobs in a directory of its own. Only `Store.ingest` makes one."""
 
-    def __init__(self, store: Store, place: Path) -> None:
+    def __init__(self, store: Store, place: Path, progress: Told) -> None:
         self._store = store
         self.path = place
         self._sizes: dict[Digest, int] = {}
+        self._progress = progress
+        self._written = 0
 
     def has(self, descriptor: Descriptor) -> bool:
         """Say whether the blob is here or in the store already; from now on it can't go away."""
@@ -363,7 +369,7 @@ class Ingest:
         with writing(partial):
             fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            yield BlobWriter(fd, partial, self._keep)
+            yield BlobWriter(fd, partial, self._keep, self._wrote)
         finally:
             os.close(fd)
             partial.unlink(missing_ok=True)
@@ -406,6 +412,10 @@ class Ingest:
             if self._sizes.get(needed.digest) != needed.size:
                 raise ImageFormatError(f"blob {needed.digest} is missing in the image")
 
+    def _wrote(self, count: int) -> None:
+        self._written += count
+        self._progress(self._written, None)
+
     def _keep(self, partial: Path, blob: Blob) -> None:
         os.replace(partial, self.path / hex_of(blob.digest))
         self._sizes[blob.digest] = blob.size
@@ -414,10 +424,11 @@ class Ingest:
 class BlobWriter:
     """A blob being written: hashed on the way, kept only by `finish`."""
 
-    def __init__(self, fd: int, path: Path, keep: Callable[[Path, Blob], None]) -> None:
+    def __init__(self, fd: int, path: Path, keep: Callable[[Path, Blob], None], wrote: Callable[[int], None]) -> None:
         self._fd = fd
         self._path = path
         self._keep = keep
+        self._wrote = wrote
         self._hash = hashlib.sha256()
         self.size = 0
 
@@ -426,6 +437,7 @@ class BlobWriter:
             stream.write_all(self._fd, data)
         self._hash.update(data)
         self.size += len(data)
+        self._wrote(len(data))
 
     def tee(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
         """Write what passes through."""

@@ -158,7 +158,7 @@ class Tree:
         return self._open[path]
 
     def _make(self, place: Place, name: bytes) -> Place:
-        os.mkdir(name, 0o755, dir_fd=place.fd)
+        make_directory(name, place.fd)
         path = place.below(name)
         self._made(path)
         self._open[path] = Place(os.open(name, _SEARCH, dir_fd=place.fd), path)
@@ -188,6 +188,12 @@ class Tree:
                 return None
             at = found
         return at
+
+
+def make_directory(name: bytes, dir_fd: int) -> None:
+    """Make a directory that everybody may enter, whatever our umask."""
+    os.mkdir(name, 0o755, dir_fd=dir_fd)
+    os.chmod(name, 0o755, dir_fd=dir_fd)
 
 
 def open_directory(name: bytes, dir_fd: int) -> int:

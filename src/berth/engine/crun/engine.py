@@ -24,7 +24,7 @@ from berth.agentbinary import find_agent
 from berth.engine.base import STOPPED, Liveness, Machine
 from berth.engine.crun import cgroups
 from berth.engine.crun.plan import boot_document, container_id, plan_launch
-from berth.errors import BerthError, BootError, BusyError, DeadlineError, StateFormatError, UnsupportedError
+from berth.errors import BerthError, BootError, BusyError, DeadlineError, StateFormatError
 from berth.layout import Layout
 from berth.log import log
 from berth.net.network import Network, ensure, publish, withdraw
@@ -36,6 +36,9 @@ _READY_S = 60.0
 _KILL_S = 10.0
 _KEEPER_S = 2.0
 _SCHEMA = 1
+_NO_SERVICES = (
+    "no services: systemd needs a cgroup that this user may write, and this host delegates none (berth system check)"
+)
 # What is in a machine's runtime directory only while it runs.
 _TRANSIENT = (
     "container.json", "agent.sock", "console.sock", "ports.json", "bundle/config.json", "bundle/init.pid",
@@ -131,7 +134,8 @@ class ContainerEngine:
         idmap = userns.plan_idmap(os.getuid(), os.getgid())
         limits = cgroups.Limits(machine.boot.cpus, machine.boot.memory)
         placement = cgroups.find_placement(machine.config.id, limits)
-        self._refuse_hopeless(machine, placement)
+        if placement.directory is None and self._runs_systemd(machine):
+            placement = dataclasses.replace(placement, missing=(*placement.missing, _NO_SERVICES))
         self.kill(machine)  # what a start left that was killed halfway
         self.clean(machine)
         network = ensure(self._layout)
@@ -154,14 +158,6 @@ class ContainerEngine:
                 self.kill(machine)
                 self.clean(machine)
                 raise
-
-    def _refuse_hopeless(self, machine: Machine, placement: cgroups.Placement) -> None:
-        if placement.directory is None and self._runs_systemd(machine):
-            raise UnsupportedError(
-                f"machine '{machine.config.name}' runs systemd, which needs a cgroup that this user may write, "
-                "and this host delegates none",
-                hint="log in through systemd (ssh, desktop, machinectl shell), or: berth system check",
-            )
 
     def _runs_systemd(self, machine: Machine) -> bool:
         """Look where the image's /sbin/init leads (the machine's own layer is its users' business)."""
@@ -201,7 +197,9 @@ class ContainerEngine:
         network: Network,
         listener: socket.socket,
     ) -> None:
-        document = boot_document(machine, nameserver_text=network.resolv_conf, environment=())
+        # The agent itself is a small init where the image's own can't run.
+        init = [] if _NO_SERVICES in placement.missing else ["/sbin/init"]
+        document = boot_document(machine, nameserver_text=network.resolv_conf, init=init)
         plan = plan_launch(
             machine, agent=agent, holder=network.holder_pid, idmap=idmap, placement=placement,
             boot_document=json.dumps(document), bounding_set=_bounding_set(),

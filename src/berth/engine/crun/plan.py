@@ -168,8 +168,11 @@ def _bind(source: str, target: str, *, read_only: bool, idmapped: bool) -> Bind:
     )  # fmt: skip
 
 
-def boot_document(machine: Machine, *, nameserver_text: str, environment: Sequence[str]) -> Mapping[str, object]:
-    """Say what the guest agent needs to know before the init runs. Source: docs/protocol.md, "The boot document"."""
+def boot_document(machine: Machine, *, nameserver_text: str, init: Sequence[str]) -> Mapping[str, object]:
+    """Say what the guest agent needs to know before the init runs. Source: docs/protocol.md, "The boot document".
+
+    init: the argv of the image's init; none makes the agent the init.
+    """
     config, boot = machine.config, machine.boot
     user: HostUser = config.user
     twin = {
@@ -184,8 +187,8 @@ def boot_document(machine: Machine, *, nameserver_text: str, environment: Sequen
         "resolv": nameserver_text,
         "twin": twin,
         "sshAgent": boot.ssh_agent,
-        "env": [*environment, *boot.env],
-        "init": ["/sbin/init"],
+        "env": list(boot.env),
+        "init": list(init),
     }
 
 
