@@ -29,8 +29,8 @@ _PLACES = (
     "/run/netns",
     "/run/crun",
 )
-# pytest's own folders, which it rotates, and Node's cache of compiled code.
-_NOT_OURS = re.compile(r"pytest-of-|node-compile-cache|\.X|systemd-private-")
+# The day's images (images.py), pytest's own folders, which it rotates, and Node's cache of compiled code.
+_NOT_OURS = re.compile(r"berth-tests-|pytest-of-|node-compile-cache|\.X|systemd-private-")
 _PATIENCE_S = 5.0
 
 
