@@ -81,7 +81,7 @@ def test_the_ordinary_users_environment_is_clean(ordinary_user: Ordinary) -> Non
 
 
 def test_the_ordinary_user_passes_arguments_input_and_status(ordinary_user: Ordinary) -> None:
-    words = ["a b", "", "$HOME", "*", "it's", b"\xff"]
+    words: list[str | bytes] = ["a b", "", "$HOME", "*", "it's", b"\xff"]
     done = ordinary_user.run(["sh", "-c", 'printf "%s|" "$@"; cat; exit 7', "sh", *words], input=b"in", cwd=Path("/"))
     assert done.status == 7
     assert done.stdout == b"a b||$HOME|*|it's|\xff|in"
