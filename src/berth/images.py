@@ -1,6 +1,7 @@
 """The images of this user: what the commands and the engines ask of the store. Layer 5; the API of `oci`.
 
-docs/images.md tells the rules. Locks are taken inside and never handed out.
+docs/images.md tells the rules. Locks are taken inside and never handed out. The ways into and out of the store are
+imported where they are gone: a machine made from a stored image does not wait for them.
 """
 
 from __future__ import annotations
@@ -18,20 +19,13 @@ from berth.errors import (
     InvalidArgumentError,
     InvalidStateError,
     NotFoundError,
-    RegistryError,
-    UnsupportedError,
 )
 from berth.layout import Layout
 from berth.names import ImageReference, parse_reference
 from berth.oci import spec
-from berth.oci.bootstrap import check_host, fetch_bootstrap, is_bootstrappable, parse_recipe
 from berth.oci.digest import Digest, parse_prefix
-from berth.oci.registry import pull
-from berth.oci.rootfs import fetch_rootfs
-from berth.oci.save import save_archive
-from berth.oci.sources import fetch_archive, fetch_oci_layout, fetch_one
 from berth.oci.spec import Descriptor, ImageConfig, Platform
-from berth.oci.store import Ingest, Store
+from berth.oci.store import Store
 from berth.progress import Progress, Silent
 
 _SOURCE = "dev.berth.source"  # where an image came from, and as what
@@ -163,6 +157,8 @@ class Images:
         self, path: Path, reference: str, *, platform: str | None = None, progress: Progress | None = None
     ) -> StoredImage:
         """Make an image of a root file system, a directory or a tar archive, and name it `reference`."""
+        from berth.oci.rootfs import fetch_rootfs
+
         name = _storable(reference)
         wanted = spec.parse_platform(platform) if platform else None
         progress = progress or Silent()
@@ -177,6 +173,8 @@ class Images:
 
         One without a name is told by its digest.
         """
+        from berth.oci.sources import fetch_archive
+
         progress = progress or Silent()
         progress.step(f"loading {file}")
         with self._store.ingest(progress.advance) as ingest:
@@ -186,6 +184,8 @@ class Images:
 
     def save(self, references: Sequence[str], file: Path, *, progress: Progress | None = None) -> None:
         """Write images into an oci-archive that `load`, skopeo and podman read. Nothing half-made is left."""
+        from berth.oci.save import save_archive
+
         progress = progress or Silent()
         images = [self.find(reference) for reference in references]
         progress.step(f"saving {', '.join(references)}")
@@ -250,55 +250,19 @@ class Images:
     # What is private
 
     def _fetch(self, reference: ImageReference, platform: Platform | None, progress: Progress) -> StoredImage:
+        from berth.oci.fetch import fetch
+
         name = str(reference)
         # A root file system tells by itself how far its archive is read, and knows the total.
         copied = progress.advance if reference.transport != "rootfs" else Silent().advance
         with self._store.ingest(copied) as ingest:
             fingerprint = _fingerprint(reference)  # before it is read: a change after that is seen the next time
-            manifest = self._fetch_into(ingest, reference, platform, progress)
+            manifest = fetch(reference, ingest, platform=platform, progress=progress)
             source = {_SOURCE: fingerprint} if fingerprint else {}
             ingest.commit(dataclasses.replace(manifest, annotations=source), [name])
         found = self._find_name(name)
         assert found is not None
         return found
-
-    def _fetch_into(
-        self, ingest: Ingest, reference: ImageReference, platform: Platform | None, progress: Progress
-    ) -> Descriptor:
-        match reference.transport:
-            case "docker":
-                return self._fetch_named(ingest, reference, platform, progress)
-            case "bootstrap":
-                return fetch_bootstrap(parse_recipe(reference.path), ingest, platform=platform, progress=progress)
-            case "rootfs":
-                progress.step(f"importing {reference.path}")
-                path = Path(reference.path)
-                return fetch_rootfs(path, ingest, platform=platform, annotations={}, progress=progress.advance)
-            case "oci":
-                progress.step(f"copying {reference}")
-                return fetch_oci_layout(reference.path, ingest, platform=platform).manifest
-            case _:
-                progress.step(f"copying {reference}")
-                return fetch_one(Path(reference.path), ingest, platform=platform).manifest
-
-    def _fetch_named(
-        self, ingest: Ingest, reference: ImageReference, platform: Platform | None, progress: Progress
-    ) -> Descriptor:
-        recipe = is_bootstrappable(str(reference))
-        try:
-            progress.step(f"pulling {reference.familiar}")
-            return pull(reference, ingest, platform=platform, progress=progress)
-        except RegistryError as error:
-            if recipe is None:
-                raise
-            try:
-                check_host(parse_recipe(recipe), platform)
-            except UnsupportedError as why:
-                raise RegistryError(
-                    f"{error.message}; nor can it be bootstrapped: {why.message}", hint=why.hint
-                ) from why
-            progress.note(f"{error.message}; bootstrapping {recipe} from the package mirror instead")
-        return fetch_bootstrap(parse_recipe(recipe), ingest, platform=platform, progress=progress)
 
     def _find_name(self, name: str) -> StoredImage | None:
         for entry in self._store.entries():

@@ -99,6 +99,22 @@ def test_parents_that_no_entry_names_are_made(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "root/a").stat().st_mode) == 0o755
 
 
+def test_the_umask_does_not_matter(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        base = (
+            directory("usr/lib")
+            + symlink("lib", "usr/lib")
+            + member("a/f", b"x", mode=0o666)
+            + member("p", kind=b"6", mode=0o666)
+        )
+        unpack(tmp_path / "root", base, directory("lib") + member("lib/.wh..wh..opq"))
+    finally:
+        os.umask(before)
+    modes = {name: stat.S_IMODE((tmp_path / "root" / name).stat().st_mode) for name in ("a", "a/f", "p", "lib", "usr")}
+    assert modes == {"a": 0o755, "a/f": 0o666, "p": 0o666, "lib": 0o755, "usr": 0o755}
+
+
 def test_the_root_gets_its_mode(tmp_path: Path) -> None:
     unpack(tmp_path / "root", directory("./", mode=0o711, mtime=77))
     assert stat.S_IMODE((tmp_path / "root").stat().st_mode) == 0o711

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from berth.errors import BerthError, InvalidArgumentError, UnsupportedError
+from berth.errors import BerthError, InvalidArgumentError, RegistryError, UnsupportedError
 from berth.images import Images
 from berth.layout import Layout
 from berth.oci import bootstrap
@@ -159,7 +159,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program = tmp_path / "bin/mmdebstrap"
     program.touch(mode=0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    monkeypatch.setattr(bootstrap, "_check_host", lambda _platform: None)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
+    monkeypatch.setattr(bootstrap, "_check_programs", lambda _platform: None)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
     monkeypatch.setattr(bootstrap, "read_apt_sources", lambda: DEBIAN)
     monkeypatch.setattr(bootstrap, "_host_apt", dict[str, str])
     (tmp_path / "rootfs.tar").write_bytes(rootfs())
@@ -194,6 +194,17 @@ def test_a_distribution_is_bootstrapped_where_its_registry_is_out_of_reach(fake:
     assert "bootstrapping debian/bookworm from the package mirror instead" in heard.notes[0]
     assert "bootstrapping debian/bookworm: installing remaining packages" in heard.steps
     assert images_at(tmp_path).ensure("bootstrap:debian/bookworm").reference == "bootstrap:debian/bookworm"
+
+
+def test_what_can_neither_be_pulled_nor_bootstrapped(fake: Path, tmp_path: Path) -> None:
+    fake.write_text("#!/bin/sh\nexit 1\n")
+    heard = Heard()
+    with pytest.raises(
+        RegistryError, match=r"not built yet; nor can it be bootstrapped: .* no Ubuntu mirror"
+    ) as caught:
+        images_at(tmp_path).ensure("ubuntu:24.04", progress=heard)
+    assert caught.value.hint
+    assert heard.notes == []
 
 
 @pytest.mark.parametrize(

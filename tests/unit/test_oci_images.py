@@ -271,6 +271,29 @@ def test_saving_where_nothing_can_be_written(images: Images, tmp_path: Path) -> 
         images.save(["x:1"], tmp_path / "no/where")
 
 
+def test_progress_is_told(images: Images, tmp_path: Path) -> None:
+    told: list[tuple[int, int | None]] = []
+
+    class Heard:
+        def step(self, text: str) -> None: ...
+
+        def advance(self, done: int, total: int | None) -> None:
+            told.append((done, total))
+
+        def note(self, text: str) -> None: ...
+
+    path = tmp_path / "r.tar"
+    path.write_bytes(rootfs())
+    images.ensure(f"rootfs:{path}", progress=Heard())
+    assert told[-1] == (len(rootfs()), len(rootfs()))
+    images.save([f"rootfs:{path}"], tmp_path / "a.tar", progress=Heard())
+    assert told[-1][0] == told[-1][1]
+    del told[:]
+    images.load(tmp_path / "a.tar", progress=Heard())
+    assert told == sorted(told)
+    assert told
+
+
 def test_an_archive_with_a_name_that_is_none_is_loaded_by_digest(images: Images, tmp_path: Path) -> None:
     writer = LayoutWriter()
     manifest = writer.image(member("f") + bytes(1024), annotations=named("Not A Name"))

@@ -19,7 +19,6 @@ import dataclasses
 import errno
 import hashlib
 import os
-import secrets
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, cast
@@ -205,7 +204,7 @@ class Store:
         """
         with self.exclusive():
             self._load()  # what is damaged should be known before a long download, not after it
-        place = self._ingest / f"{os.getpid()}-{secrets.token_hex(4)}"
+        place = self._ingest / f"{os.getpid()}-{os.urandom(4).hex()}"
         with contextlib.ExitStack() as stack:
             with writing(place), self._locked(shared=True):
                 # Under the lock: a sweep between the two lines would take it for a dead one's.
@@ -365,7 +364,7 @@ class Ingest:
     @contextlib.contextmanager
     def writer(self) -> Generator[BlobWriter]:
         """Write a blob piece by piece; what is not finished at the end of the block is removed."""
-        partial = self.path / f"{secrets.token_hex(8)}.partial"
+        partial = self.path / f"{os.urandom(8).hex()}.partial"
         with writing(partial):
             fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -376,7 +375,7 @@ class Ingest:
 
     def scratch(self) -> IO[bytes]:
         """Open a file without a name, for what has to be seekable; it ends with its last descriptor."""
-        path = self.path / f"{secrets.token_hex(8)}.partial"
+        path = self.path / f"{os.urandom(8).hex()}.partial"
         with writing(path):
             file = open(path, "w+b")  # noqa: SIM115 (the caller closes it)
         path.unlink()

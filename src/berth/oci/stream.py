@@ -15,7 +15,6 @@ import hashlib
 import importlib
 import lzma
 import os
-import tempfile
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from types import ModuleType
@@ -279,18 +278,16 @@ def _zstd_program(fd: int, where: str, consumed: Callable[[int], None]) -> Gener
         raise UnsupportedError(f"{where} is compressed with zstd", hint="sudo apt-get install zstd")
     size = os.fstat(fd).st_size
     os.lseek(fd, 0, os.SEEK_SET)
-    with tempfile.TemporaryFile() as said:
-        with spawn(["zstd", "-dcq"], stdin=fd, stdout=-1, stderr=said) as process:  # -1 is PIPE
-            stdout = cast("IO[bytes]", process.stdout)
-            try:
-                yield from pipe_chunks(stdout.fileno())
-            except GeneratorExit:
-                process.kill()
-                raise
-        if process.returncode:
-            said.seek(0)
-            why = said.read(4096).decode(errors="replace").strip().removeprefix("zstd: ") or "not a zstd stream"
-            raise ImageFormatError(f"{where} is damaged: {why}")
+    with spawn(["zstd", "-dcq"], stdin=fd, stdout=-1, stderr=-1) as process:  # -1 is PIPE
+        stdout, stderr = cast("IO[bytes]", process.stdout), cast("IO[bytes]", process.stderr)
+        try:
+            yield from pipe_chunks(stdout.fileno())
+        except GeneratorExit:
+            process.kill()
+            raise
+        said = stderr.read().decode(errors="replace").strip()  # a line: it fits into the pipe
+    if process.returncode:
+        raise ImageFormatError(f"{where} is damaged: {said.removeprefix('zstd: ') or 'not a zstd stream'}")
     consumed(size)
 
 

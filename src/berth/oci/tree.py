@@ -193,7 +193,7 @@ class Tree:
 def make_directory(name: bytes, dir_fd: int) -> None:
     """Make a directory that everybody may enter, whatever our umask."""
     os.mkdir(name, 0o755, dir_fd=dir_fd)
-    os.chmod(name, 0o755, dir_fd=dir_fd)
+    os.chmod(name, 0o755, dir_fd=dir_fd)  # noqa: S103 (what every directory of a root file system has)
 
 
 def open_directory(name: bytes, dir_fd: int) -> int:
