@@ -7,21 +7,19 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-Unit = Literal["ms", "s", "MiB", "MB/s", "%", "KiB"]
+Unit = Literal["ms", "s", "MiB", "MB/s", "%", "KiB", "of 20"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Goal:
     """at_most, at_least: in the result's unit. below: peers that berth's median must be under.
 
-    done: to have been measured at all is the goal (all twenty boot). why: what to say where it is missed, by the
-    peer's name or "limit".
+    why: what to say where it is missed, by the peer's name or "limit".
     """
 
     at_most: float | None = None
     at_least: float | None = None
     below: tuple[str, ...] = ()
-    done: str = ""
     why: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
     def text(self, unit: Unit) -> str:
@@ -32,8 +30,6 @@ class Goal:
             parts.append(f"≥ {self.at_least:g} {unit}")
         if self.below:
             parts.append("below " + ", ".join(self.below))
-        if self.done:
-            parts.append(self.done)
         return "; ".join(parts)
 
 
@@ -98,10 +94,11 @@ class Result:
         return f"met (without {', '.join(unseen)})" if unseen else "met"
 
     def ratio(self) -> str:
-        """Say how berth stands to the best peer: below 1 is less."""
+        """Say how berth stands to the best peer (of those that the goal names, if any): below 1 is less."""
         ours = self.median("berth")
-        theirs = [value for name in self.samples if name != "berth" and (value := self.median(name))]
-        if ours is None or not theirs:
+        rivals = (self.goal.below if self.goal else ()) or [name for name in self.samples if name != "berth"]
+        theirs = [value for name in rivals if (value := self.median(name))]
+        if ours is None or not theirs or self.unit == "of 20":
             return ""
         best = max(theirs) if self.unit == "MB/s" else min(theirs)
         return f"{ours / best:.2f}"
@@ -109,7 +106,7 @@ class Result:
 
 def number(value: float) -> str:
     """Print a number with three digits, none of them idle."""
-    if value >= 100:
+    if value >= 100 or value == int(value):
         return f"{value:.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
