@@ -230,8 +230,8 @@ def test_owners_that_the_namespace_does_not_have(scratch: Path) -> None:
     os.chown(scratch, idmap.host_root(), idmap.host_root())
     target = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
     with (
-        file_of(member("f", uid=70000, gid=0) + END) as fd,
-        pytest.raises(BerthError, match="f belongs to 70000:0") as caught,
+        file_of(member("f", uid=3_000_000_000, gid=0) + END) as fd,
+        pytest.raises(BerthError, match="f belongs to 3000000000:0") as caught,
     ):
         userns.call(
             "berth.oci.unpack:unpack_inside",

@@ -126,7 +126,8 @@ def _packed(path: Path) -> Generator[stream.ByteStream]:
                 yield data
         except CommandError as error:
             said.seek(0)
-            raise CommandError(tuple(argv), error.status, said.read(8192).decode(errors="replace")) from error
+            first = said.readline(8192).decode(errors="replace")  # what went wrong; the last line says only that it did
+            raise CommandError(tuple(argv), error.status, first) from error
 
 
 def _all_of(data: stream.ByteStream) -> Iterator[bytes]:
