@@ -156,7 +156,10 @@ class FdOutput:
 
 
 def widen_pipe(fd: int) -> None:
-    """Let a pipe hold 256 KiB, where it is one and may: bulk data then costs a quarter of the turns. Source: fcntl(2)."""
+    """Let a pipe hold 256 KiB, where it is one and may: bulk data then takes a quarter of the turns.
+
+    Source: fcntl(2), F_SETPIPE_SZ.
+    """
     import fcntl
 
     try:  # noqa: SIM105 (contextlib would cost the fast path 2 ms)
