@@ -57,7 +57,7 @@ def main() -> int:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/run", description="Measure berth beside its peers.")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, podman as root only: under 2 minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, podman as root only, no twenty: 2 minutes")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(measures.BENCHMARKS), default=[],
                         help=f"of: {', '.join(measures.BENCHMARKS)}")  # fmt: skip
     parser.add_argument("--as", dest="persons", choices=["root", "user", "both"], default="both", help="who runs berth")
@@ -93,7 +93,9 @@ class Run:
         self.facts = found
         self.failed = False
         self._quick = bool(options.quick)
-        self._names = list(options.only) or list(measures.BENCHMARKS)
+        self._names = list(options.only) or [
+            name for name in measures.BENCHMARKS if not (self._quick and name == "twenty")
+        ]
         self._peers = not options.no_peers
         self._persons = options.persons
         self._rootfs = options.rootfs

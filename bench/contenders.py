@@ -94,7 +94,7 @@ class Berth:
         return [Step((self._berth, "run", "-n", machine, "--", *words), files)]
 
     def settle(self, machine: str) -> list[Step]:
-        return [self._step("wait", machine, "--for", "init", "--timeout", "40")]
+        return [self._step("wait", machine, "--for", "init", "--timeout", "30")]
 
     def stop(self, machine: str) -> list[Step]:
         return [self._step("stop", machine)]
