@@ -88,8 +88,20 @@ def _scope(leaf: str, limits: Limits) -> Placement:
     if limits.cpus is not None:
         properties.append(f"CPUQuota={limits.cpus * 100}%")
     user = [] if os.geteuid() == 0 else ["--user"]
+    _, missing = _v2_writes(Path(leaf), limits, _scope_controllers())
     prefix = ["systemd-run", *user, "--scope", "--quiet", "--collect", f"--unit={leaf}"]
-    return Placement("", prefix=(*prefix, *(word for item in properties for word in ("-p", item)), "--"))
+    words = (*prefix, *(word for item in properties for word in ("-p", item)), "--")
+    return Placement("", prefix=words, missing=_words(missing))
+
+
+def _scope_controllers() -> set[str]:
+    """Read which controllers systemd can give to a scope of ours."""
+    uid, mounted = os.geteuid(), _v2_mount()
+    manager = f"user.slice/user-{uid}.slice/user@{uid}.service" if uid else ""
+    try:
+        return set(((mounted or _V2_ROOT) / manager / "cgroup.controllers").read_text().split())
+    except OSError:
+        return set()
 
 
 def _as_root(mounted: Path, leaf: str, limits: Limits) -> Placement:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -36,6 +37,10 @@ _READY_S = 60.0
 _KILL_S = 10.0
 _KEEPER_S = 2.0
 _SCHEMA = 1
+_LAST_LINES = 3
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x20-\x7e\n]")  # nothing of a guest's reaches a terminal as it is
+_INOTIFY = Path("/proc/sys/fs/inotify/max_user_instances")
+_INOTIFY_ENOUGH = 1024  # an init with its services takes about ten; all machines of root count as root's
 _NO_SERVICES = (
     "no services: systemd needs a cgroup that this user may write, and this host delegates none (berth system check)"
 )
@@ -136,6 +141,8 @@ class ContainerEngine:
         placement = cgroups.find_placement(machine.config.id, limits)
         if placement.directory is None and self._runs_systemd(machine):
             placement = dataclasses.replace(placement, missing=(*placement.missing, _NO_SERVICES))
+        if self._root:
+            _allow_many_inits()
         self.kill(machine)  # what a start left that was killed halfway
         self.clean(machine)
         network = ensure(self._layout)
@@ -251,12 +258,13 @@ class ContainerEngine:
             ) from error
 
     def _last_words(self, machine: Machine) -> str:
+        """Return the last lines of the console, in one: where an init says why it gave up."""
         try:
-            lines = machine.bundle.console_log.read_bytes()[-4096:].decode(errors="replace").splitlines()
+            text = machine.bundle.console_log.read_bytes()[-4096:].decode(errors="replace")
         except OSError:
             return ""
-        said = [line.strip() for line in lines if line.strip() and not line.startswith("-- boot")]
-        return said[-1][:200] if said else ""
+        this_boot = _ESCAPES.sub("", text.rpartition("-- boot ")[2].partition("\n")[2])
+        return "; ".join([line.strip()[:200] for line in this_boot.splitlines() if line.strip()][-_LAST_LINES:])
 
     # Looking ------------------------------------------------------------------------------------------------------
 
@@ -443,6 +451,13 @@ def _wait_gone(record: _Record, timeout_s: float) -> bool:
         return bool(poller.poll(max(0, deadline - time.monotonic()) * 1000)) or not record.is_alive()
     finally:
         os.close(pidfd)
+
+
+def _allow_many_inits() -> None:
+    """Raise the host's limit of inotify instances where it is the kernel's low default; until the next reboot."""
+    with contextlib.suppress(OSError, ValueError):
+        if int(_INOTIFY.read_text()) < _INOTIFY_ENOUGH:
+            _INOTIFY.write_text(str(_INOTIFY_ENOUGH))
 
 
 def _texts(value: object) -> tuple[str, ...]:

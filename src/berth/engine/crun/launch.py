@@ -9,6 +9,7 @@ Source: mount_namespaces(7), "Restrictions on mount namespaces".
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -47,8 +48,7 @@ def launch(plan: LaunchPlan, listener: int, network: dict[str, object], address:
     syscalls.unshare(syscalls.CLONE_NEWNS | syscalls.CLONE_NEWCGROUP)
     syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_SLAVE)
     _assemble(plan)
-    # crun refuses the hybrid layout; in our own mount namespace it is to see version 2 alone.
-    syscalls.mount("cgroup2", "/sys/fs/cgroup", "cgroup2", 0)
+    _show_cgroup2()
     pid = _create(plan, listener)
     try:
         attach(Network.from_json(network), Address.from_json(address, where="the launch plan"), pid)
@@ -57,6 +57,15 @@ def launch(plan: LaunchPlan, listener: int, network: dict[str, object], address:
         _crun(plan, "delete", "--force", plan["id"])
         raise
     return {"pid": pid, "cgroups": made}
+
+
+def _show_cgroup2() -> None:
+    """Let crun, which refuses the hybrid layout, see version 2 alone at its usual place."""
+    try:
+        syscalls.mount("cgroup2", "/sys/fs/cgroup", "cgroup2", 0)
+    except OSError as error:
+        if error.errno != errno.EBUSY:  # it is there already: a host with version 2 alone
+            raise
 
 
 def _assemble(plan: LaunchPlan) -> None:
