@@ -28,6 +28,7 @@ from berth.names import MachineName
 from berth.net import record
 from berth.net.addresses import Address
 from berth.net.network import Network
+from berth.net.processes import identify
 from ordinary import Ordinary
 from support import ROOT
 
@@ -167,7 +168,7 @@ class World:
         """End a stand-in as a machine ends."""
         os.kill(pid, signal.SIGKILL)
         self.machines.remove(pid)
-        _wait(lambda: record.identify(pid) is None)
+        _wait(lambda: identify(pid) is None)
         self.do("withdraw", name=MachineName(name))
 
     @property
@@ -243,8 +244,7 @@ def make_world(folder: Path, layout: Layout, user: Ordinary | None, *, tun: bool
             for pid in world.machines:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            for pid in world.machines:
-                _wait(lambda pid=pid: record.identify(pid) is None)
+            _wait(lambda: all(identify(pid) is None for pid in world.machines))
             world.do("teardown")
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import http.client
 import json
 import os
 import pwd
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, cast
@@ -137,3 +139,19 @@ def as_ordinary(user: Ordinary) -> Person:
         "user", user.uid, user.name, user.home, user.layout, (str(user.berth),), (str(user.python),), command,
         user.namespace,
     )  # fmt: skip
+
+
+def fetch(address: str, port: int, *, timeout_s: float = 30.0) -> bytes:
+    """Get / of a web server, trying until it answers."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        connection = http.client.HTTPConnection(address, port, timeout=5)
+        try:
+            connection.request("GET", "/")
+            return connection.getresponse().read()
+        except (OSError, http.client.HTTPException):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+        finally:
+            connection.close()

@@ -40,7 +40,7 @@ def connect(path: str | PathLike[str], timeout_s: float) -> _socket.socket:
     A connection is taken as soon as somebody holds the listening socket, and waits there for the agent's first answer.
     Raises AgentError with code ``unreachable`` when nobody listens, DeadlineError when the queue stays full.
     """
-    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     try:
         # A socket time-out would make connect fail at once when the queue is full (EAGAIN): let the kernel wait.
         seconds, fraction = divmod(max(timeout_s, 0.001), 1)

@@ -12,6 +12,7 @@ them: O_NONBLOCK set there would hit the shell, or its other programs. So each k
 from __future__ import annotations
 
 import os
+import sys
 from stat import S_ISCHR, S_ISFIFO, S_ISSOCK
 
 TYPE_CHECKING = False
@@ -160,12 +161,13 @@ def widen_pipe(fd: int) -> None:
 
     Source: fcntl(2), F_SETPIPE_SZ.
     """
-    import fcntl
+    if sys.platform == "linux":
+        import fcntl
 
-    try:  # noqa: SIM105 (contextlib would cost the fast path 2 ms)
-        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _WIDE_PIPE)
-    except OSError:
-        pass  # no pipe, or the user's pipes hold too much already
+        try:  # noqa: SIM105 (contextlib would cost the fast path 2 ms)
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _WIDE_PIPE)
+        except OSError:
+            pass  # no pipe, or the user's pipes hold too much already
 
 
 class MemoryOutput:

@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import http.client
 import time
 from collections.abc import Callable
 
 import pytest
 
-from person import Person
+from person import Person, fetch
 from support import need
 
 _SERVE = "while true; do printf 'HTTP/1.0 200 OK\\r\\nContent-Length: 6\\r\\n\\r\\nhello\\n' | nc -l -p {port}; done"
-
-
-def fetch(address: str, port: int, *, timeout_s: float = 30.0) -> bytes:
-    """Get / until it answers."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        connection = http.client.HTTPConnection(address, port, timeout=5)
-        try:
-            connection.request("GET", "/")
-            return connection.getresponse().read()
-        except (OSError, http.client.HTTPException):
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
-        finally:
-            connection.close()
 
 
 @pytest.mark.parametrize("port", [80, 8081])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from test_network import fetch
-
-from person import Person
+from person import Person, fetch
 from support import need
 
 

@@ -26,12 +26,15 @@ def test_all_of_it_the_rotated_part_first(tmp_path: Path) -> None:
 def test_following_ends_with_the_machine_and_crosses_a_rotation(tmp_path: Path) -> None:
     path = tmp_path / "console.log"
     path.write_bytes(b"a\n")
-    steps = iter(
-        [
-            lambda: path.write_bytes(b"a\nb\n"),
-            lambda: (path.rename(tmp_path / "console.log.1"), path.write_bytes(b"c\n")),
-        ]
-    )
+
+    def grow() -> None:
+        path.write_bytes(b"a\nb\n")
+
+    def rotate() -> None:
+        path.rename(tmp_path / "console.log.1")
+        path.write_bytes(b"c\n")
+
+    steps = iter([grow, rotate])
 
     def alive() -> bool:
         step = next(steps, None)

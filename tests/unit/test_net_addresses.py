@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
         return []
 
     monkeypatch.setattr(addresses, "host_routes", no_routes)
-    monkeypatch.setattr(addresses.os, "getuid", lambda: 1000)
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
     return Layout(tmp_path / "data", tmp_path / "run", tmp_path / "config", tmp_path / "cache")
 
 
@@ -137,9 +138,9 @@ def test_book_of_a_newer_berth_is_refused(book: Layout) -> None:
 
 
 def test_bridge_is_named_after_an_unusual_place(book: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(addresses.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert addresses.bridge_name(book) == "berth0"
-    monkeypatch.setattr(addresses.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert addresses.bridge_name(dataclasses.replace(book, data=Path("/var/lib/berth"))) == "berth0"
     elsewhere = addresses.bridge_name(dataclasses.replace(book, data=Path("/tmp/x")))
     assert elsewhere.startswith("berth-")
