@@ -97,9 +97,9 @@ def take_turns(
 RUN_GOAL = Goal(
     at_most=60, below=("podman", "lxc"),
     why={
-        "lxc": "lxc-attach is a C program that enters the namespaces by itself and execs. The bare Python interpreter's "
-        "start (see *floor*) is most of that whole call or more than it, and berth then has its own modules to import and "
-        "a session with its agent to hold: below lxc-attach is out of a Python program's reach",
+        "lxc": "lxc-attach is a C program that enters the namespaces by itself and execs. The bare Python "
+        "interpreter's start (see *floor*) is most of that whole call or more than it, and berth then has its modules to "
+        "import and a session with its agent to hold: below lxc-attach is out of a Python program's reach",
         "limit": "most of it is the interpreter's start and its imports (see *imports*)",
     },
 )  # fmt: skip
@@ -248,8 +248,8 @@ def _describe(one: Memory) -> str:
 COLD_GOAL = Goal(
     at_most=350, below=("podman", "lxc", "systemd-nspawn"),
     why={
-        "podman": "podman's start waits for nothing in the container and, as root, makes no user namespace; berth's two "
-        "Python starts (the command, and the launcher inside the namespaces) cost more than podman's one in Go",
+        "podman": "podman's start waits for nothing in the container and, as root, makes no user namespace; berth's "
+        "two Python starts (the command, and the launcher inside the namespaces) cost more than podman's in Go",
         "lxc": "lxc starts in C, with no user namespace, nothing hidden and a network that is only a cable; what berth "
         "adds is two Python starts (the command, and the launcher inside the namespaces) and crun",
         "systemd-nspawn": "nspawn starts in C, with no user namespace, no overlay and an interface that stays down; "
