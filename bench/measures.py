@@ -98,7 +98,7 @@ RUN_GOAL = Goal(
     at_most=60, below=("podman", "lxc"),
     why={
         "lxc": "lxc-attach is a C program that enters the namespaces by itself and execs. The bare Python "
-        "interpreter's start (see *floor*) is most of that whole call or more than it, and berth then has its modules to "
+        "interpreter's start (see *floor*) is most of that whole call or more than it, and berth then has modules to "
         "import and a session with its agent to hold: below lxc-attach is out of a Python program's reach",
         "limit": "most of it is the interpreter's start and its imports (see *imports*)",
     },
