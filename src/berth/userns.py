@@ -11,6 +11,7 @@ import json
 import os
 import pwd
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple, cast
@@ -155,8 +156,9 @@ class _Inside:
         new_session: bool = False,
     ) -> None:
         self._idmap = idmap
-        # -P: nothing is imported from the working directory; PYTHONPATH: wherever we were imported from.
-        argv = [*prefix, sys.executable, "-P", "-m", "berth.inside"]
+        # -P: nothing is imported from the working directory; PYTHONPATH: wherever we were imported from; -S: nothing
+        # else is needed, and 3 ms are saved.
+        argv = [*prefix, sys.executable, "-P", "-S", "-m", "berth.inside"]
         env = {"PYTHONPATH": str(Path(__file__).parent.parent)}
         self._outlives = new_session
         # -1 is PIPE; `proc` alone imports subprocess.
@@ -175,6 +177,9 @@ class _Inside:
             self._process.kill()
         if error is None and self._outlives:
             self._process.returncode = 0  # not ours to wait for
+        elif error is None:
+            # Its result is here; what the kernel takes down with its namespaces costs tens of milliseconds.
+            threading.Thread(target=self._process.wait, daemon=True).start()
         else:
             self._process.wait(timeout=_START_S)
 

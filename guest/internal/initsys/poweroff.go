@@ -11,6 +11,7 @@ import (
 
 const (
 	powerOffWithin = 10 * time.Second
+	askAgainAfter  = 300 * time.Millisecond
 	// sigPowerOff is SIGRTMIN+4 as the C library counts: systemd(1) starts poweroff.target on it.
 	sigPowerOff = syscall.Signal(34 + 4)
 )
@@ -30,7 +31,14 @@ func (i *Init) powerOff() error {
 		if run("systemctl", "--no-wall", "--no-ask-password", "poweroff") == nil {
 			return nil
 		}
-		return signalInit(sigPowerOff) // the bus or systemctl is missing, or it is too early for them
+		// The bus or systemctl is missing, or it is too early for them. Then it may be too early for the signal as well,
+		// and process 1 loses what it has no handler for yet: so it is asked again until it goes, and we with it.
+		go func() {
+			for range time.Tick(askAgainAfter) {
+				_ = signalInit(sigPowerOff)
+			}
+		}()
+		return signalInit(sigPowerOff)
 	case openrcInit:
 		return run("openrc-shutdown", "--poweroff", "now")
 	case SysVInit:

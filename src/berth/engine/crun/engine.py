@@ -15,7 +15,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -23,7 +23,7 @@ from berth import files, locks, userns
 from berth.agent import AgentClient, connect
 from berth.agentbinary import find_agent
 from berth.engine.base import STOPPED, Liveness, Machine
-from berth.engine.crun import cgroups
+from berth.engine.crun import cgroups, storage
 from berth.engine.crun.plan import boot_document, container_id, plan_launch
 from berth.errors import BerthError, BootError, BusyError, DeadlineError, StateFormatError
 from berth.layout import Layout
@@ -217,7 +217,7 @@ class ContainerEngine:
             "berth.engine.crun.launch:launch",
             {
                 "plan": plan, "listener": listener.fileno(),
-                "network": network.to_json(), "address": machine.address.to_json(),
+                "bridge": network.bridge, "address": machine.address.to_json(),
             },
             prefix=placement.prefix,
             pass_fds=[listener.fileno()],
@@ -405,9 +405,12 @@ class ContainerEngine:
         return int(str(self._inside("disk_usage", {"path": path})))
 
     def _inside(self, function: str, arguments: Mapping[str, object]) -> object:
-        """Call a function of `launch` where the machine's files can be touched: as root here, else in a namespace."""
-        idmap = None if self._root else userns.plan_idmap(os.getuid(), os.getgid())
-        return userns.call(f"berth.engine.crun.launch:{function}", arguments, idmap=idmap)
+        """Call a function of `storage` where the machine's files can be touched: here as root, else in a namespace."""
+        if self._root:
+            called: Callable[..., object] = getattr(storage, function)
+            return called(**arguments)
+        idmap = userns.plan_idmap(os.getuid(), os.getgid())
+        return userns.call(f"berth.engine.crun.storage:{function}", arguments, idmap=idmap)
 
 
 @contextlib.contextmanager

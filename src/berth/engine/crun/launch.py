@@ -8,31 +8,29 @@ Source: mount_namespaces(7), "Restrictions on mount namespaces".
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import json
 import os
-import shutil
 from pathlib import Path
 
 from berth import inside, syscalls, userns
 from berth.engine.crun import cgroups
-from berth.engine.crun.plan import PLAIN, Bind, LaunchPlan
+from berth.engine.crun.launchplan import PLAIN, Bind, LaunchPlan
 from berth.engine.crun.spec import AGENT_FD
 from berth.errors import BerthError
-from berth.net.addresses import Address
-from berth.net.network import Network, attach
+from berth.net.attach import attach_inside
 from berth.proc import run
 from berth.rooted import open_inside
 
 _CRUN_S = 30.0
 
 
-def launch(plan: LaunchPlan, listener: int, network: dict[str, object], address: dict[str, object]) -> object:
+def launch(plan: LaunchPlan, listener: int, bridge: str, address: dict[str, object]) -> object:
     """Start the machine; return ``{"pid": …, "cgroups": […]}``.
 
-    listener: the agent's listening socket, an inherited descriptor. Raises BerthError; then nothing runs.
+    listener: the agent's listening socket, an inherited descriptor. bridge, address: where the machine hangs on the
+    network. Raises BerthError; then nothing runs.
     """
     made = cgroups.enter(
         cgroups.Placement(
@@ -51,7 +49,7 @@ def launch(plan: LaunchPlan, listener: int, network: dict[str, object], address:
     _show_cgroup2()
     pid = _create(plan, listener)
     try:
-        attach(Network.from_json(network), Address.from_json(address, where="the launch plan"), pid)
+        attach_inside(bridge, address, pid)
         _crun(plan, "start", plan["id"])
     except BaseException:
         _crun(plan, "delete", "--force", plan["id"])
@@ -178,40 +176,3 @@ def _create(plan: LaunchPlan, listener: int) -> int:
 def _crun(plan: LaunchPlan, *words: str, pass_fds: tuple[int, ...] = ()) -> None:
     argv = ["crun", "--root", plan["crun_state"], "--cgroup-manager=disabled", *words]
     run(argv, timeout_s=_CRUN_S, pass_fds=pass_fds, env={"XDG_RUNTIME_DIR": str(Path(plan["crun_state"]).parent)})
-
-
-def read_container(state: str) -> object:
-    """Return the process that crun's own state of a container names: ``{"pid": …, "startTime": …}``, or None."""
-    try:
-        status = json.loads(Path(state, "status").read_bytes())
-        return {"pid": int(status["pid"]), "startTime": int(status["process-start-time"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def sweep(state: str, directories: list[str]) -> None:
-    """Remove crun's state of a container that has ended, and its cgroups."""
-    remove_tree(state)
-    cgroups.remove(directories)
-
-
-def remove_tree(path: str) -> None:
-    """Remove a tree, never following a link out of it; absent is fine."""
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(path)
-
-
-def disk_usage(path: str) -> int:
-    """Count the bytes that the files of a tree take on disk, each inode once."""
-    seen: set[tuple[int, int]] = set()
-    total = 0
-    for folder, names, files in os.walk(path):
-        for name in names + files:
-            try:
-                status = os.lstat(os.path.join(folder, name))
-            except OSError:
-                continue
-            if (status.st_dev, status.st_ino) not in seen:
-                seen.add((status.st_dev, status.st_ino))
-                total += status.st_blocks * 512
-    return total
