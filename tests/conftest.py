@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import tomllib
 from collections.abc import Generator
 from pathlib import Path
@@ -34,8 +35,14 @@ settings.load_profile("berth")
 
 
 def pytest_configure() -> None:
-    """Stop early where BERTH_REQUIRE is misspelt."""
+    """Stop early where BERTH_REQUIRE is misspelt; take signals as a person's shell gives them.
+
+    Whoever starts us in the background may have them ignored, and what is ignored is inherited by every program.
+    """
     required()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
