@@ -161,6 +161,8 @@ class Machines:
                     engine.kill(machine)
                 engine.kill(machine)  # also what a broken start left
                 engine.clean(machine)
+            else:
+                engine_for("container", self.layout).end_stray(checked)
             addresses.release(self.layout, checked)
             bundles.delete(self.layout, checked)
         self._empty_trash()

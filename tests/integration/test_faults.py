@@ -193,6 +193,14 @@ def test_a_damaged_bundle_is_listed_and_can_be_removed(
     assert broken not in person.berth("ls", "-q").split()
 
 
+def test_a_running_machine_with_a_damaged_bundle_ends_with_it(person: Person, machine: Callable[..., str]) -> None:
+    name = machine()
+    init = person.pids(name)["init"]
+    (person.layout.bundle(name) / "config.json").write_text("{garbage")  # type: ignore[arg-type]
+    person.berth("rm", "-f", name)
+    _wait(lambda: _gone(init), "it still runs")
+
+
 def test_no_crun_is_told(person: Person, machine: Callable[..., str], session: Path) -> None:
     name = machine("--no-boot")
     empty = session / "empty-path"

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 from berth.bundle import Bundle
 from berth.config import BootConfig, MachineConfig
+from berth.names import MachineName
 from berth.net.addresses import Address
 from berth.progress import Progress
 
@@ -75,6 +76,10 @@ class Engine(Protocol):
 
     def kill(self, machine: Machine) -> None:
         """End the machine at once."""
+        ...
+
+    def end_stray(self, name: MachineName) -> None:
+        """End what runs under the name of a machine whose bundle can't be read any more."""
         ...
 
     def clean(self, machine: Machine) -> None:

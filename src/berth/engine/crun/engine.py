@@ -12,6 +12,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import time
@@ -28,6 +29,7 @@ from berth.engine.crun.plan import boot_document, container_id, plan_launch
 from berth.errors import BerthError, BootError, BusyError, DeadlineError, StateFormatError
 from berth.layout import Layout
 from berth.log import log
+from berth.names import MachineName
 from berth.net.network import Network, ensure, publish, withdraw
 from berth.proc import require_program, spawn
 from berth.progress import Progress
@@ -285,7 +287,9 @@ class ContainerEngine:
         return self._layout.live(machine.config.name) / "container.json"
 
     def _load_record(self, machine: Machine) -> _Record | None:
-        path = self._record_path(machine)
+        return self._read_record(self._record_path(machine))
+
+    def _read_record(self, path: Path) -> _Record | None:
         try:
             document = files.load_json(path, schema=_SCHEMA)
         except (FileNotFoundError, NotADirectoryError):
@@ -337,14 +341,28 @@ class ContainerEngine:
         return record is None or _wait_gone(record, timeout_s)
 
     def kill(self, machine: Machine) -> None:
-        # Without a record the launcher may have been killed between crun and it: crun's own state tells then.
-        record = self._load_record(machine) or self._orphan(machine)
+        # Our record, and crun's own: a launcher may have been killed between the two.
+        for record in (self._load_record(machine), self._orphan(machine)):
+            if record is not None and record.is_alive():
+                # The owner of the namespace may signal its processes; killing process 1 ends all of them.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(record.pid, signal.SIGKILL)
+                if not _wait_gone(record, _KILL_S):
+                    raise DeadlineError(f"machine '{machine.config.name}' can't be killed (process {record.pid})")
+        # The second wall: whatever still runs in a cgroup of the machine's.
+        cgroups.kill_all(cgroups.find_leftovers(machine.config.id))
+
+    def end_stray(self, name: MachineName) -> None:
+        """End what runs under the name of a machine whose bundle can't be read any more."""
+        record = self._read_record(self._layout.live(name) / "container.json")
         if record is not None and record.is_alive():
-            # The owner of the namespace may signal its processes; killing process 1 ends all of them.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(record.pid, signal.SIGKILL)
-            if not _wait_gone(record, _KILL_S):
-                raise DeadlineError(f"machine '{machine.config.name}' can't be killed (process {record.pid})")
+            _wait_gone(record, _KILL_S)
+        if record is not None and record.cgroups:
+            self._inside("sweep", {"state": "", "directories": list(record.cgroups)})
+        withdraw(self._layout, name)
+        shutil.rmtree(self._layout.live(name), ignore_errors=True)
 
     def _orphan(self, machine: Machine) -> _Record | None:
         state = self._layout.crun / container_id(machine)

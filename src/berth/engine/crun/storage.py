@@ -25,8 +25,9 @@ def read_container(state: str) -> object:
 
 
 def sweep(state: str, directories: list[str]) -> None:
-    """Remove crun's state of a container that has ended, and its cgroups."""
-    remove_tree(state)
+    """Remove crun's state of a container that has ended (if it is named), and its cgroups."""
+    if state:
+        remove_tree(state)
     cgroups.remove(directories)
 
 
