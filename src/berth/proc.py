@@ -121,3 +121,18 @@ def spawn(
         )  # fmt: skip
     except FileNotFoundError as error:
         raise UnsupportedError(f"{argv[0]} is not installed") from error
+
+
+def start_time(pid: int) -> int | None:
+    """Return when a process started (clock ticks since boot); None when it is gone, or a zombie.
+
+    With the process id it names a process for good. A process whose first thread has ended lives on in the others, and
+    looks like a zombie for a moment when another thread calls execve, as a Go program does.
+    Source: proc(5), stat: state, num_threads and starttime are the fields 3, 20 and 22.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    is_ended = fields[0] in (b"Z", b"X") and int(fields[17]) <= 1
+    return None if is_ended else int(fields[19])

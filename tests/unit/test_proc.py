@@ -131,3 +131,30 @@ def test_a_spawned_program_is_the_callers() -> None:
 
 def test_working_directory(tmp_path: Path) -> None:
     assert proc.run(["pwd", "-P"], cwd=tmp_path).stdout == os.fsencode(tmp_path.resolve()) + b"\n"
+
+
+class TestStartTime:
+    def test_a_process_has_one_and_a_gone_one_has_none(self) -> None:
+        assert proc.start_time(os.getpid()) is not None
+        with proc.spawn(["true"]) as process:
+            while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT) is None:
+                pass
+            assert proc.start_time(process.pid) is None  # a zombie: nobody has waited for it yet
+        assert proc.start_time(process.pid) is None
+
+    def test_a_process_without_its_first_thread_lives(self) -> None:
+        script = (
+            "import ctypes, sys, threading\n"
+            "threading.Thread(target=sys.stdin.read).start()\n"
+            "print(flush=True)\n"
+            "ctypes.CDLL(None).pthread_exit(None)\n"
+        )
+        with proc.spawn([sys.executable, "-c", script], stdin=-1, stdout=-1) as process:
+            assert process.stdout
+            before = proc.start_time(process.pid)
+            process.stdout.readline()
+            deadline = time.monotonic() + 10
+            while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                assert time.monotonic() < deadline
+            assert proc.start_time(process.pid) == before
+            process.kill()

@@ -31,7 +31,7 @@ from berth.layout import Layout
 from berth.log import log
 from berth.names import MachineName
 from berth.net.network import Network, ensure, publish, withdraw
-from berth.proc import require_program, spawn
+from berth.proc import require_program, spawn, start_time
 from berth.progress import Progress
 from berth.units import utc_now
 
@@ -64,15 +64,6 @@ class _Record:
 
     def is_alive(self) -> bool:
         return start_time(self.pid) == self.start_time
-
-
-def start_time(pid: int) -> int | None:
-    """Return when a process started (clock ticks since boot); None when it is gone or a zombie. Source: proc(5)."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 class ContainerEngine:
@@ -225,10 +216,10 @@ class ContainerEngine:
             pass_fds=[listener.fileno()],
         )  # fmt: skip
         match answer:
-            case {"pid": int(pid)}:
+            case {"pid": int(pid), "startTime": int(ticks)}:
                 made = cast("dict[str, object]", answer)["cgroups"]
                 record = {
-                    "pid": pid, "startTime": start_time(pid) or 0, "started": utc_now(),
+                    "pid": pid, "startTime": ticks, "started": utc_now(),
                     "cgroups": list(_texts(made)), "limits": [*placement.missing, *network.notes],
                 }  # fmt: skip
                 files.save_json(self._record_path(machine), record, schema=_SCHEMA)

@@ -20,14 +20,14 @@ from berth.engine.crun.launchplan import PLAIN, Bind, LaunchPlan
 from berth.engine.crun.spec import AGENT_FD
 from berth.errors import BerthError
 from berth.net.attach import attach_inside
-from berth.proc import run
+from berth.proc import run, start_time
 from berth.rooted import open_inside
 
 _CRUN_S = 30.0
 
 
 def launch(plan: LaunchPlan, listener: int, bridge: str, address: dict[str, object]) -> object:
-    """Start the machine; return ``{"pid": …, "cgroups": […]}``.
+    """Start the machine; return ``{"pid": …, "startTime": …, "cgroups": […]}``.
 
     listener: the agent's listening socket, an inherited descriptor. bridge, address: where the machine hangs on the
     network. Raises BerthError; then nothing runs.
@@ -48,13 +48,14 @@ def launch(plan: LaunchPlan, listener: int, bridge: str, address: dict[str, obje
     _assemble(plan)
     _show_cgroup2()
     pid = _create(plan, listener)
+    ticks = start_time(pid)  # now, while it waits for its start: then it is busy becoming the init
     try:
         attach_inside(bridge, address, pid)
         _crun(plan, "start", plan["id"])
     except BaseException:
         _crun(plan, "delete", "--force", plan["id"])
         raise
-    return {"pid": pid, "cgroups": made}
+    return {"pid": pid, "startTime": ticks, "cgroups": made}
 
 
 def _show_cgroup2() -> None:
