@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from berth.proc import start_time
+
 
 class Process(NamedTuple):
     """One process for good. start: clock ticks since boot. Source: proc(5), /proc/pid/stat, field 22."""
@@ -27,13 +29,8 @@ class Process(NamedTuple):
 
 def identify(pid: int) -> Process | None:
     """Look at the process that has this pid now; None when there is none, or only its remains."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return None
-    # The name, in parentheses, may hold anything; after the last one come the fields from the third on.
-    fields = stat[stat.rindex(b")") + 2 :].split()
-    return None if fields[0] in (b"Z", b"X") else Process(pid, int(fields[19]))
+    start = start_time(pid)
+    return None if start is None else Process(pid, start)
 
 
 def network_namespace(pid: int | None = None) -> int | None:
