@@ -10,6 +10,8 @@ machine. Layer 2: lifecycle and the engines call it. Nothing that is true only w
     machines/NAME/container/upper    its own files (overlayfs upper), container/work belongs to overlayfs
     machines/NAME/container/plain    directories that need a plain file system: /var/lib/docker, …
     machines/NAME/container/private  what the machine has in place of hidden credentials
+    machines/NAME/vm/disk.qcow2      a VM's own root disk, on top of its image's template
+    machines/NAME/vm/private         what a VM has in place of hidden credentials
     machines/NAME/logs/console.log   what the console printed
     machines/NAME.partial-XXXX       a bundle that is being made; left over after a crash, swept by the next create
     machines/.trash-NAME-XXXX        a deleted bundle whose content waits for removal
@@ -87,6 +89,18 @@ class Bundle:
     @property
     def private(self) -> Path:
         return self.container / "private"
+
+    @property
+    def vm(self) -> Path:
+        return self.path / "vm"
+
+    @property
+    def vm_disk(self) -> Path:
+        return self.vm / "disk.qcow2"
+
+    @property
+    def vm_private(self) -> Path:
+        return self.vm / "private"
 
     @property
     def run_lock(self) -> Path:

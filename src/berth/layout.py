@@ -42,6 +42,19 @@ class Layout:
     def template(self, digest: str) -> Path:
         return self.templates / digest.replace(":", "-")
 
+    # Images unpacked for the VM engine: ext4 file systems, one directory per manifest digest.
+    @property
+    def disks(self) -> Path:
+        return self.data / "disks"
+
+    def disk(self, digest: str) -> Path:
+        return self.disks / digest.replace(":", "-")
+
+    # Kernels for VMs with their modules, one directory per version and architecture.
+    @property
+    def kernels(self) -> Path:
+        return self.data / "kernels"
+
     @property
     def machines(self) -> Path:
         return self.data / "machines"
@@ -69,6 +82,16 @@ class Layout:
     @property
     def agents(self) -> Path:
         return self.cache / "agents"
+
+    # Initial RAM file systems for VMs, each made of one kernel's modules and one agent.
+    @property
+    def initramfs(self) -> Path:
+        return self.cache / "initramfs"
+
+    # What hardware acceleration was found to do on this host, until its next boot.
+    @property
+    def accelerators(self) -> Path:
+        return self.cache / "accelerators.json"
 
     @property
     def crun(self) -> Path:
