@@ -20,11 +20,22 @@ def is_machine_name(text: str) -> bool:
 
 
 def root(kind: str) -> str:
-    """Return the DATA, RUNTIME, CONFIG or CACHE root: BERTH_{kind}_DIR, else by the XDG rules; root's are fixed."""
+    """Return the DATA, RUNTIME, CONFIG or CACHE root: BERTH_{kind}_DIR, else by the XDG rules; root's are fixed.
+
+    With a data root of its own comes a runtime root of its own.
+    """
     override = os.environ.get(f"BERTH_{kind}_DIR")
     if override:
         return override if override.startswith("/") else os.path.join(os.getcwd(), override)
-    return _system_root(kind) if os.geteuid() == 0 else _user_root(kind)
+    path = _system_root(kind) if os.geteuid() == 0 else _user_root(kind)
+    return f"{path}-{_other_data()}" if kind == "RUNTIME" and os.environ.get("BERTH_DATA_DIR") else path
+
+
+def _other_data() -> str:
+    """Return a few digits of the data root: machines kept elsewhere may have the names of those at the usual place."""
+    import zlib
+
+    return f"{zlib.crc32(os.fsencode(os.path.normpath(root('DATA')))):08x}"
 
 
 def live(name: str) -> str:

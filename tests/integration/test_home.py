@@ -90,7 +90,7 @@ def test_a_hidden_folder_is_the_machines_own(person: Person, secrets: Path, mach
 def test_berths_own_folders_are_covered(person: Person, project: Path, alpine: str, alpine_tar: Path) -> None:
     """With its data below the home, as users have it, no machine sees or writes another machine's files."""
     del alpine
-    roots = {"BERTH_DATA_DIR": str(project / "data")}
+    roots = {"BERTH_DATA_DIR": str(project / "data"), "BERTH_RUNTIME_DIR": str(project / "run")}
     person.berth(
         "create", f"rootfs:{alpine_tar}", "--name", "covered", "--no-boot", "--expose", str(project / "data"), env=roots
     )

@@ -124,3 +124,16 @@ def test_the_fast_path_says_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     layout.data.mkdir(parents=True)
     layout.default_machine.write_text("dev\n")
     assert fastpath.find_default_machine() == "dev"
+
+
+def test_machines_kept_elsewhere_run_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two data roots may have machines of one name: their sockets and networks must not meet."""
+    monkeypatch.delenv("BERTH_RUNTIME_DIR", raising=False)
+    monkeypatch.delenv("BERTH_DATA_DIR", raising=False)
+    usual = Layout.from_environment().runtime
+    found: set[Path] = {usual}
+    for folder in ("one", "two", "one/../one"):
+        monkeypatch.setenv("BERTH_DATA_DIR", str(tmp_path / folder))
+        found.add(Layout.from_environment().runtime)
+    assert len(found) == 3
+    assert {path.parent for path in found} == {usual.parent}
