@@ -114,7 +114,6 @@ class Machines:
         bundles.check_free(self.layout, checked)
         self.layout.agent_socket(checked)  # refuses a path too long before the work, not after
         image = self.images.ensure(reference, platform=platform, progress=progress)
-        engine = engine_for(chosen, self.layout)
         config = MachineConfig(
             name=checked, id=uuid.uuid4().hex, image_reference=image.reference, image_digest=image.digest,
             platform=image.platform, isolation=chosen, created=utc_now(), user=HostUser.current(),
@@ -123,7 +122,7 @@ class Machines:
         with bundles.create(self.layout, config, boot_config or BootConfig()):
             addresses.allocate(self.layout, checked)
         try:
-            self._ensure_template(engine, image, progress)
+            self._ensure_template(self._load(checked), image, progress)
             if boot:
                 self.start(checked, progress=progress)
         except BaseException as error:
@@ -137,13 +136,14 @@ class Machines:
             bundles.set_default_if_none(self.layout, checked)
         return checked
 
-    def _ensure_template(self, engine: Engine, image: StoredImage, progress: Progress) -> None:
-        if engine.has_template(image.digest):
+    def _ensure_template(self, machine: Machine, image: StoredImage, progress: Progress) -> None:
+        engine = self._engine(machine)
+        if engine.has_template(machine):
             return
         progress.step(f"unpacking {image.reference}")
         layers = self.images.layers(image)
         try:
-            engine.make_template(image.digest, layers, progress)
+            engine.make_template(machine, layers, progress)
         finally:
             for fd, _ in layers:
                 os.close(fd)
@@ -190,7 +190,7 @@ class Machines:
     def _ensure_running(self, machine: Machine, progress: Progress) -> None:
         engine = self._engine(machine)
         if engine.find(machine).state == "stopped":
-            if not engine.has_template(machine.config.image_digest):
+            if not engine.has_template(machine):
                 image = self.images.ensure(
                     machine.config.image_reference, platform=machine.config.platform, progress=progress
                 )
@@ -198,7 +198,7 @@ class Machines:
                     raise BerthError(
                         f"the image of machine '{machine.config.name}' is gone: {machine.config.image_digest}"
                     )
-                self._ensure_template(engine, image, progress)
+                self._ensure_template(machine, image, progress)
             engine.start(machine, progress)
             for limit in engine.find(machine).limits:
                 progress.note(limit)

@@ -30,13 +30,17 @@ class Machine:
 class Liveness:
     """What an engine finds when it looks for a running machine; made anew each time, never stored.
 
-    state: `broken` means that its processes live, yet the agent does not answer. started: RFC 3339 UTC.
-    limits: what the host could not limit or offer, in words.
+    state: `broken` means that its processes live, yet the agent does not answer. init_pid: the container's process 1
+    as the host sees it; vmm_pid: the VM's QEMU. kernel: the release of a VM's own. started: RFC 3339 UTC.
+    limits: what the host could not limit or offer, in words. problems: what is wrong with it now, in words.
     """
 
     state: Literal["stopped", "running", "broken"]
     init_pid: int | None = None
+    vmm_pid: int | None = None
     keeper_pid: int | None = None
+    kernel: str | None = None
+    problems: tuple[str, ...] = ()
     started: str | None = None
     limits: tuple[str, ...] = ()
 
@@ -47,12 +51,12 @@ STOPPED = Liveness("stopped")
 class Engine(Protocol):
     """The seam between `lifecycle` and one isolation. Every method may be called again after a crash."""
 
-    def has_template(self, digest: str) -> bool:
-        """Say whether the image of this manifest digest has been unpacked for this engine."""
+    def has_template(self, machine: Machine) -> bool:
+        """Say whether the machine's image has been unpacked for this engine."""
         ...
 
-    def make_template(self, digest: str, layers: Sequence[tuple[int, str]], progress: Progress) -> None:
-        """Unpack `layers` (open blob descriptor, media type; bottom first) once per digest; idempotent, atomic."""
+    def make_template(self, machine: Machine, layers: Sequence[tuple[int, str]], progress: Progress) -> None:
+        """Unpack the image's `layers` (open blob descriptor, media type; bottom first) once; idempotent, atomic."""
         ...
 
     def start(self, machine: Machine, progress: Progress) -> None:
@@ -72,6 +76,10 @@ class Engine(Protocol):
 
     def wait_stopped(self, machine: Machine, timeout_s: float) -> bool:
         """Wait for the machine's end; say whether it came."""
+        ...
+
+    def press_power(self, machine: Machine) -> None:
+        """Ask it to power off without its agent, where there is a way; does not wait and does not raise."""
         ...
 
     def kill(self, machine: Machine) -> None:

@@ -11,11 +11,8 @@ import dataclasses
 import json
 import os
 import re
-import select
 import shutil
-import signal
 import socket
-import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -24,14 +21,25 @@ from berth import files, locks, userns
 from berth.agent import AgentClient, connect
 from berth.agentbinary import find_agent
 from berth.engine.base import STOPPED, Liveness, Machine
+from berth.engine.common import (
+    Process,
+    answers,
+    await_agent,
+    boot_document,
+    end_keeper,
+    keeper_pid,
+    listening,
+    make_covers,
+    texts,
+)  # fmt: skip
 from berth.engine.crun import cgroups, storage
-from berth.engine.crun.plan import boot_document, container_id, plan_launch
-from berth.errors import BerthError, BootError, BusyError, DeadlineError, StateFormatError
+from berth.engine.crun.plan import container_id, plan_launch
+from berth.errors import BerthError, BusyError, DeadlineError, StateFormatError
 from berth.layout import Layout
 from berth.log import log
 from berth.names import MachineName
 from berth.net.network import Network, ensure, publish, withdraw
-from berth.proc import require_program, spawn, start_time
+from berth.proc import require_program, spawn
 from berth.progress import Progress
 from berth.units import utc_now
 
@@ -54,16 +62,12 @@ _TRANSIENT = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Record:
-    """container.json: the running container as it was when it started."""
+    """container.json: the running container as it was when it started. process: its init."""
 
-    pid: int
-    start_time: int  # clock ticks since boot: /proc/PID/stat, field 22
+    process: Process
     started: str
     cgroups: tuple[str, ...]
     limits: tuple[str, ...]
-
-    def is_alive(self) -> bool:
-        return start_time(self.pid) == self.start_time
 
 
 class ContainerEngine:
@@ -75,17 +79,18 @@ class ContainerEngine:
 
     # Templates ----------------------------------------------------------------------------------------------------
 
-    def has_template(self, digest: str) -> bool:
-        return (self._layout.template(digest) / "template.json").exists()
+    def has_template(self, machine: Machine) -> bool:
+        return (self._layout.template(machine.config.image_digest) / "template.json").exists()
 
-    def make_template(self, digest: str, layers: Sequence[tuple[int, str]], progress: Progress) -> None:
+    def make_template(self, machine: Machine, layers: Sequence[tuple[int, str]], progress: Progress) -> None:
         """Unpack in a user namespace, as root too: whatever a layer holds, nothing of it can have the host's rights."""
+        digest = machine.config.image_digest
         template = self._layout.template(digest)
         files.make_private_directory(self._layout.data)
         files.make_private_directory(self._layout.templates)
         with locks.hold(self._layout.templates / "templates.lock", timeout_s=3600, what="the image"):
             self._sweep_templates()
-            if self.has_template(digest):
+            if self.has_template(machine):
                 return
             partial = template.with_name(f"{template.name}.partial")
             idmap = userns.plan_idmap(os.getuid(), os.getgid())
@@ -148,12 +153,12 @@ class ContainerEngine:
         for folder in ("rootfs", "bundle"):
             (live / folder).mkdir(exist_ok=True)
         agent = find_agent(self._layout)
-        with self._listener(machine) as listener, _bound(live / "console.sock") as console:
+        with self._listener(machine) as listener, listening(live / "console.sock") as console:
             publish(self._layout, machine.config.name, machine.address)
             self._start_keeper(machine, agent, console=console.fileno())
             try:
                 self._launch(machine, agent, idmap, placement, network, listener)
-                self._await_agent(machine, progress)
+                await_agent(machine, self._layout, progress, _READY_S)
             except BaseException:
                 self.kill(machine)
                 self.clean(machine)
@@ -170,7 +175,7 @@ class ContainerEngine:
     @contextlib.contextmanager
     def _listener(self, machine: Machine) -> Generator[socket.socket]:
         """Bind the agent's socket: connects queue in it until the agent answers, so nobody has to poll."""
-        with _bound(self._layout.agent_socket(machine.config.name), keep=True) as sock:
+        with listening(self._layout.agent_socket(machine.config.name), keep=True) as sock:
             yield sock
 
     def _start_keeper(
@@ -204,7 +209,8 @@ class ContainerEngine:
             machine, agent=agent, holder=network.holder_pid, idmap=idmap, placement=placement,
             boot_document=json.dumps(document), bounding_set=_bounding_set(),
         )  # fmt: skip
-        self._make_private(plan["binds"])
+        covers = {Path(bind["source"]): bind["directory"] for bind in plan["binds"]}
+        make_covers({path: kind for path, kind in covers.items() if path.parent == machine.bundle.private})
         files.make_private_directory(self._layout.crun)
         answer = userns.call(
             "berth.engine.crun.launch:launch",
@@ -220,56 +226,24 @@ class ContainerEngine:
                 made = cast("dict[str, object]", answer)["cgroups"]
                 record = {
                     "pid": pid, "startTime": ticks, "started": utc_now(),
-                    "cgroups": list(_texts(made)), "limits": [*placement.missing, *network.notes],
+                    "cgroups": list(texts(made)), "limits": [*placement.missing, *network.notes],
                 }  # fmt: skip
                 files.save_json(self._record_path(machine), record, schema=_SCHEMA)
                 publish(self._layout, machine.config.name, machine.address, pid)
             case _:
                 raise BerthError(f"unexpected answer from the launcher: {answer!r:.200}")
 
-    def _make_private(self, binds: Sequence[Mapping[str, object]]) -> None:
-        """Make what stands in the machine where a credential is hidden, as the user whose it will be."""
-        for bind in binds:
-            source = Path(str(bind["source"]))
-            if source.parent.name != "private":
-                continue
-            if bind["directory"]:
-                source.mkdir(mode=0o700, exist_ok=True)
-            else:
-                source.touch(mode=0o600)
-
-    def _await_agent(self, machine: Machine, progress: Progress) -> None:
-        progress.step(f"booting {machine.config.name}")
-        path = self._layout.agent_socket(machine.config.name)
-        try:
-            with AgentClient(connect(path, timeout_s=_READY_S), timeout_s=_READY_S) as client:
-                client.status()
-        except (OSError, BerthError) as error:
-            raise BootError(
-                f"machine '{machine.config.name}' did not boot: {self._last_words(machine) or error}",
-                hint=f"berth logs --boot {machine.config.name}",
-            ) from error
-
-    def _last_words(self, machine: Machine) -> str:
-        """Return the last lines of the console, in one: where an init says why it gave up."""
-        try:
-            text = machine.bundle.console_log.read_bytes()[-4096:].decode(errors="replace")
-        except OSError:
-            return ""
-        this_boot = _ESCAPES.sub("", text.rpartition("-- boot ")[2].partition("\n")[2])
-        return "; ".join([line.strip()[:200] for line in this_boot.splitlines() if line.strip()][-_LAST_LINES:])
-
     # Looking ------------------------------------------------------------------------------------------------------
 
     def find(self, machine: Machine) -> Liveness:
         record = self._load_record(machine)
-        if record is None or not record.is_alive():
+        if record is None or not record.process.is_alive():
             return STOPPED
-        answers = _answers(self._layout.agent_socket(machine.config.name))
+        well = answers(self._layout.agent_socket(machine.config.name))
         return Liveness(
-            "running" if answers else "broken",
-            init_pid=record.pid,
-            keeper_pid=self._keeper_pid(machine),
+            "running" if well else "broken",
+            init_pid=record.process.pid,
+            keeper_pid=keeper_pid(self._layout, machine),
             started=record.started,
             limits=record.limits,
         )
@@ -288,37 +262,29 @@ class ContainerEngine:
         match document:
             case {"pid": int(pid), "startTime": int(ticks), "started": str(started)}:
                 made, limits = document.get("cgroups"), document.get("limits")
-                return _Record(pid, ticks, started, _texts(made), _texts(limits))
+                return _Record(Process(pid, ticks), started, texts(made), texts(limits))
             case _:
                 raise StateFormatError(f"{path} is damaged: it has no process")
 
-    def _keeper_pid(self, machine: Machine) -> int | None:
-        path = self._layout.live(machine.config.name) / "keeper.lock"
-        if not locks.is_held(path):
-            return None
-        with contextlib.suppress(OSError, ValueError):
-            return int(path.read_text())
-        return None
-
     def repair(self, machine: Machine) -> None:
         record = self._load_record(machine)
-        if record is None or not record.is_alive():
+        if record is None or not record.process.is_alive():
             return
         name = machine.config.name
-        if not _answers(self._layout.agent_socket(name)):
+        if not answers(self._layout.agent_socket(name)):
             log.debug("the agent of machine '%s' is gone: starting a new one", name)
             self._restart_agent(machine, record)
         if not locks.is_held(self._layout.live(name) / "keeper.lock"):
             log.debug("the keeper of machine '%s' is gone: starting a new one", name)
             ensure(self._layout)
-            self._start_keeper(machine, find_agent(self._layout), pid=record.pid)
+            self._start_keeper(machine, find_agent(self._layout), pid=record.process.pid)
 
     def _restart_agent(self, machine: Machine, record: _Record) -> None:
         """Start `agent serve` in the living container, from our own copy of the binary, with a new socket."""
         with self._listener(machine) as listener:
             userns.call(
                 "berth.engine.crun.repair:restart_agent",
-                {"pid": record.pid, "listener": listener.fileno(), "agent": str(find_agent(self._layout))},
+                {"pid": record.process.pid, "listener": listener.fileno(), "agent": str(find_agent(self._layout))},
                 pass_fds=[listener.fileno()],
             )
             path = self._layout.agent_socket(machine.config.name)
@@ -329,27 +295,26 @@ class ContainerEngine:
 
     def wait_stopped(self, machine: Machine, timeout_s: float) -> bool:
         record = self._load_record(machine)
-        return record is None or _wait_gone(record, timeout_s)
+        return record is None or record.process.wait_gone(timeout_s)
+
+    def press_power(self, machine: Machine) -> None:
+        """Do nothing: a container has no button, its init is asked by the agent."""
 
     def kill(self, machine: Machine) -> None:
         # Our record, and crun's own: a launcher may have been killed between the two.
         for record in (self._load_record(machine), self._orphan(machine)):
-            if record is not None and record.is_alive():
-                # The owner of the namespace may signal its processes; killing process 1 ends all of them.
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(record.pid, signal.SIGKILL)
-                if not _wait_gone(record, _KILL_S):
-                    raise DeadlineError(f"machine '{machine.config.name}' can't be killed (process {record.pid})")
+            # The owner of the namespace may signal its processes; killing process 1 ends all of them.
+            if record is not None and not record.process.kill(_KILL_S):
+                name, pid = machine.config.name, record.process.pid
+                raise DeadlineError(f"machine '{name}' can't be killed (process {pid})")
         # The second wall: whatever still runs in a cgroup of the machine's.
         cgroups.kill_all(cgroups.find_leftovers(machine.config.id))
 
     def end_stray(self, name: MachineName) -> None:
         """End what runs under the name of a machine whose bundle can't be read any more."""
         record = self._read_record(self._layout.live(name) / "container.json")
-        if record is not None and record.is_alive():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(record.pid, signal.SIGKILL)
-            _wait_gone(record, _KILL_S)
+        if record is not None and record.process.is_alive():
+            record.process.kill(_KILL_S)
         if record is not None and record.cgroups:
             self._inside("sweep", {"state": "", "directories": list(record.cgroups)})
         withdraw(self._layout, name)
@@ -360,17 +325,16 @@ class ContainerEngine:
         if not state.exists():
             return None
         match self._inside("read_container", {"state": str(state)}):
-            case {"pid": int(pid), "startTime": int(ticks)}:
-                return _Record(pid, ticks, "", (), ())
-            case _:
-                return None
+            case document:
+                process = Process.from_json(document)
+                return None if process is None else _Record(process, "", (), ())
 
     def clean(self, machine: Machine) -> None:
         name = machine.config.name
         record = self._load_record(machine)
-        if record is not None and record.is_alive():
+        if record is not None and record.process.is_alive():
             raise BusyError(f"machine '{name}' still runs")
-        self._end_keeper(machine)
+        end_keeper(self._layout, machine)
         live = self._layout.live(name)
         made = () if record is None else record.cgroups
         self._sweep(machine, [*made, *cgroups.find_leftovers(machine.config.id)])
@@ -381,24 +345,6 @@ class ContainerEngine:
         for folder in ("bundle", "rootfs"):
             with contextlib.suppress(OSError):
                 (live / folder).rmdir()
-
-    def _end_keeper(self, machine: Machine) -> None:
-        """Wait for the keeper to write the console's last lines and go; one that stays is of a start that failed."""
-        pid = self._keeper_pid(machine)
-        if pid is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            pidfd = os.pidfd_open(pid)
-            try:
-                for number in (None, signal.SIGTERM, signal.SIGKILL):
-                    if self._keeper_pid(machine) != pid:  # the descriptor may be of a later process
-                        return
-                    if number is not None:
-                        signal.pidfd_send_signal(pidfd, number)
-                    if select.select([pidfd], [], [], _KEEPER_S)[0]:
-                        return
-            finally:
-                os.close(pidfd)
 
     def _sweep(self, machine: Machine, directories: list[str]) -> None:
         """Remove the cgroups and crun's state of a container that has ended."""
@@ -422,58 +368,11 @@ class ContainerEngine:
         return userns.call(f"berth.engine.crun.storage:{function}", arguments, idmap=idmap)
 
 
-@contextlib.contextmanager
-def _bound(path: Path, *, keep: bool = False) -> Generator[socket.socket]:
-    """Listen on a fresh unix socket at `path` (0600); removed at the end unless `keep`."""
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.bind(str(path))
-        try:
-            path.chmod(0o600)
-            sock.listen(128)
-            yield sock
-        finally:
-            if not keep:
-                path.unlink(missing_ok=True)
-
-
-def _answers(path: Path) -> bool:
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(2)
-            sock.connect(str(path))
-    except OSError:
-        return False
-    return True
-
-
-def _wait_gone(record: _Record, timeout_s: float) -> bool:
-    try:
-        pidfd = os.pidfd_open(record.pid)
-    except ProcessLookupError:
-        return True
-    try:
-        # Only now is the descriptor known to be of our process and not of a later one with its id.
-        if not record.is_alive():
-            return True
-        poller = select.poll()
-        poller.register(pidfd, select.POLLIN)
-        deadline = time.monotonic() + timeout_s
-        return bool(poller.poll(max(0, deadline - time.monotonic()) * 1000)) or not record.is_alive()
-    finally:
-        os.close(pidfd)
-
-
 def _allow_many_inits() -> None:
     """Raise the host's limit of inotify instances where it is the kernel's low default; until the next reboot."""
     with contextlib.suppress(OSError, ValueError):
         if int(_INOTIFY.read_text()) < _INOTIFY_ENOUGH:
             _INOTIFY.write_text(str(_INOTIFY_ENOUGH))
-
-
-def _texts(value: object) -> tuple[str, ...]:
-    return tuple(str(item) for item in cast("list[object]", value)) if isinstance(value, list) else ()
 
 
 def _bounding_set() -> int:

@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from berth.config import HostUser
 from berth.credentials import View, plan_hidden
 from berth.engine.base import Machine
 from berth.engine.crun import cgroups
@@ -131,37 +129,3 @@ def _bind(source: str, target: str, *, read_only: bool, idmapped: bool) -> Bind:
     return Bind(
         source=source, target=target, directory=os.path.isdir(source), read_only=read_only, idmapped=idmapped
     )  # fmt: skip
-
-
-def boot_document(machine: Machine, *, nameserver_text: str, init: Sequence[str]) -> Mapping[str, object]:
-    """Say what the guest agent needs to know before the init runs. Source: docs/protocol.md, "The boot document".
-
-    init: the argv of the image's init; none makes the agent the init.
-    """
-    config, boot = machine.config, machine.boot
-    user: HostUser = config.user
-    twin = {
-        "name": user.name, "uid": user.uid, "gid": user.gid, "group": user.group, "home": user.home,
-        "shell": user.shell, "homeIsOwn": boot.home_mount == "none",
-    }  # fmt: skip
-    return {
-        "schema": 1,
-        "instance": config.id,
-        "hostname": config.name,
-        "hosts": _hosts(config.name, machine.address.ip),
-        "resolv": nameserver_text,
-        "twin": twin,
-        "sshAgent": boot.ssh_agent,
-        "env": list(boot.env),
-        "init": list(init),
-    }
-
-
-def _hosts(name: str, ip: str) -> str:
-    return (
-        "127.0.0.1 localhost\n"
-        f"{ip} {name}\n"
-        "::1 localhost ip6-localhost ip6-loopback\n"
-        "ff02::1 ip6-allnodes\n"
-        "ff02::2 ip6-allrouters\n"
-    )
