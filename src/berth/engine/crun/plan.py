@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from berth.credentials import View, plan_hidden
 from berth.engine.base import Machine
+from berth.engine.common import Shared, cover_path, plan_covers, plan_shared
 from berth.engine.crun import cgroups
 from berth.engine.crun.launchplan import PLAIN, Bind, LaunchPlan
 from berth.engine.crun.spec import runtime_spec
@@ -92,23 +92,12 @@ def _overlay_options(machine: Machine, *, shifted: bool) -> str:
 
 def plan_binds(machine: Machine, *, idmapped: bool) -> list[Bind]:
     """Say what of the host the machine sees, in mounting order: home, mounts, then what covers the credentials."""
-    user, boot = machine.config.user, machine.boot
-    binds: list[Bind] = []
-    if boot.home_mount != "none":
-        binds.append(_bind(user.home, user.home, read_only=boot.home_mount == "ro", idmapped=idmapped))
-    # Outer folders first: an inner one must not be covered by them.
-    binds += [
-        _bind(mount.source, mount.destination, read_only=mount.read_only, idmapped=idmapped)
-        for mount in sorted(boot.mounts, key=lambda mount: mount.destination)
-    ]
-    views = [View(os.path.realpath(bind["source"]), bind["target"]) for bind in binds if bind["directory"]]
-    layout = machine.bundle.layout
-    own = [str(path) for path in (layout.data, layout.cache, layout.config, layout.runtime)]
-    for hidden in plan_hidden(user.home, views, boot.expose, own):
-        cover = machine.bundle.private / hidden.relative.replace("/", "%")
+    shared = plan_shared(machine)
+    binds = [_bind(one, idmapped=idmapped) for one in shared]
+    for hidden in plan_covers(machine, shared):
         binds.append(
             Bind(
-                source=str(cover), target=hidden.path, directory=hidden.directory,
+                source=str(cover_path(machine.bundle.private, hidden)), target=hidden.path, directory=hidden.directory,
                 read_only=not hidden.directory, idmapped=idmapped,
             )
         )  # fmt: skip
@@ -125,7 +114,8 @@ def _plain(machine: Machine, path: str) -> str:
     return str(machine.bundle.plain / path.rpartition("/")[2])
 
 
-def _bind(source: str, target: str, *, read_only: bool, idmapped: bool) -> Bind:
+def _bind(shared: Shared, *, idmapped: bool) -> Bind:
     return Bind(
-        source=source, target=target, directory=os.path.isdir(source), read_only=read_only, idmapped=idmapped
+        source=shared.source, target=shared.target, directory=shared.directory, read_only=shared.read_only,
+        idmapped=idmapped,
     )  # fmt: skip
