@@ -49,7 +49,10 @@ def _serve(request: dict[str, object]) -> object:
     module, _, function = str(request["call"]).partition(":")
     called = getattr(importlib.import_module(module), function)
     _enter(request)
-    return called(**cast("dict[str, object]", request["arguments"]))
+    result = called(**cast("dict[str, object]", request["arguments"]))
+    if request.get("become"):
+        return _become(cast("list[str]", result), log=cast("int | None", request.get("log")))
+    return result
 
 
 def _enter(request: dict[str, object]) -> None:
@@ -95,13 +98,16 @@ def become_root() -> None:
     os.setresuid(0, 0, 0)
 
 
-def _become(argv: list[str]) -> object:
-    """Turn into `argv`, detached from whoever started us, who learns of it by the end of our answers."""
+def _become(argv: list[str], *, log: int | None = None) -> object:
+    """Turn into `argv`, detached from whoever started us, who learns of it by the end of our answers.
+
+    log: the descriptor that takes what the program says; it is lost when there is none.
+    """
     null = os.open("/dev/null", os.O_RDWR)
     answers = os.dup(1)  # closed by the exec
     os.chdir("/")
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
+    for fd, target in ((0, null), (1, log or null), (2, log or null)):
+        os.dup2(target, fd)
     try:
         os.execvp(argv[0], argv)  # noqa: S606 (a shell is what we do not want)
     except OSError:

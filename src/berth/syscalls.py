@@ -1,6 +1,7 @@
 """The few system calls that Python 3.11 has no name for. Layer 1; used by `inside`, `userns` and the engines.
 
-Sources: mount(2), umount2(2), unshare(2), setns(2), open_tree(2), move_mount(2), mount_setattr(2), prctl(2);
+Sources: mount(2), umount2(2), unshare(2), setns(2), open_tree(2), move_mount(2), mount_setattr(2), pivot_root(2),
+prctl(2);
 numbers from the kernel's include/uapi (the new ones are the same on every architecture).
 """
 
@@ -38,6 +39,8 @@ MOUNT_ATTR_RDONLY = 0x1
 MOUNT_ATTR_NOSUID = 0x2
 MOUNT_ATTR_NODEV = 0x4
 _MOUNT_ATTR_IDMAP = 0x0010_0000
+
+_MNT_DETACH = 0x2
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -90,6 +93,17 @@ def mount_setattr(tree: int, *, set_attr: int = 0, userns: int | None = None, re
     flags = ctypes.c_uint(_AT_EMPTY_PATH | (_AT_RECURSIVE if recursive else 0))
     size = ctypes.c_size_t(ctypes.sizeof(attr))
     _check(_libc.syscall(_MOUNT_SETATTR, tree, b"", flags, ctypes.byref(attr), size), "mount_setattr")
+
+
+def replace_root(root: str) -> None:
+    """Make the mount at `root` the / of our mount namespace and take all that was mounted before away. Raises OSError.
+
+    We must be in a mount namespace of our own. Source: pivot_root(2), pivot_root(".", ".").
+    """
+    os.chdir(root)
+    _check(_libc.pivot_root(b".", b"."), root)
+    _check(_libc.umount2(b".", _MNT_DETACH), root)  # the old root now lies on top of the new
+    os.chdir("/")
 
 
 def die_with_parent(signal: int) -> None:

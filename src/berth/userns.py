@@ -113,6 +113,30 @@ def start_in_new(argv: Sequence[str], idmap: IdMap, *, net: bool, pass_fds: Sequ
         return child.pid
 
 
+def start_prepared(
+    function: str,
+    arguments: Mapping[str, object],
+    *,
+    idmap: IdMap | None = None,
+    pass_fds: Sequence[int] = (),
+    log_fd: int | None = None,
+) -> int:
+    """Run ``module:function`` as `call` does, then become the program whose argv it returns; return its process id.
+
+    That program outlives us. The function prepares what it is to find: mounts, limits. log_fd: takes what it says.
+    Raises what the function raised, BerthError when the program can't be executed.
+    """
+    request = {
+        "call": function, "arguments": dict(arguments), "new": idmap is not None, "become": True, "log": log_fd,
+    }  # fmt: skip
+    inherited = [*pass_fds, *([] if log_fd is None else [log_fd])]
+    with _Inside(request, idmap, pass_fds=inherited, new_session=True) as child:
+        if idmap is not None:
+            child.map_ids()
+        child.started()
+        return child.pid
+
+
 def enter_command(pid: int, argv: Sequence[str], *, net: bool = True) -> list[str]:
     """Say how to run `argv` as root inside the user (and network) namespace of `pid`."""
     return ["nsenter", "-t", str(pid), "-U", *(["-n"] if net else []), "-S", "0", "-G", "0", "--", *argv]

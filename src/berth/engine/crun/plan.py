@@ -94,13 +94,13 @@ def plan_binds(machine: Machine, *, idmapped: bool) -> list[Bind]:
     """Say what of the host the machine sees, in mounting order: home, mounts, then what covers the credentials."""
     shared = plan_shared(machine)
     binds = [_bind(one, idmapped=idmapped) for one in shared]
-    for hidden in plan_covers(machine, shared):
-        binds.append(
-            Bind(
-                source=str(cover_path(machine.bundle.private, hidden)), target=hidden.path, directory=hidden.directory,
-                read_only=not hidden.directory, idmapped=idmapped,
-            )
-        )  # fmt: skip
+    binds += [
+        Bind(
+            source=str(cover_path(machine.bundle.private, hidden)), target=hidden.path, directory=hidden.directory,
+            read_only=not hidden.directory, idmapped=idmapped,
+        )
+        for hidden in plan_covers(machine, shared)
+    ]  # fmt: skip
     binds += [
         Bind(
             source=_plain(machine, path), target=path, directory=True, read_only=False, idmapped=False
