@@ -21,7 +21,10 @@ from ordinary import Ordinary
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Person:
-    """label: `root` or `user`. command: turns argv, environment and directory into what this process must start."""
+    """label: `root` or `user`. command: turns argv, environment and directory into what this process must start.
+
+    isolation: of the machines that are created.
+    """
 
     label: str
     uid: int
@@ -31,6 +34,7 @@ class Person:
     program: tuple[str, ...]
     python: tuple[str, ...]
     command: Callable[[Sequence[str | bytes], Mapping[str, str], Path | None], list[str | bytes]]
+    isolation: str = "container"
     namespace: int | None = None  # the process whose mount namespace the person's commands run in
 
     @property
@@ -91,6 +95,10 @@ class Person:
     def pids(self, machine: str) -> dict[str, int]:
         return cast("dict[str, int]", self.inspect(machine)["pids"])
 
+    def main_pid(self, machine: str) -> int:
+        """Return the process whose end is the machine's: the container's init, or QEMU."""
+        return self.pids(machine)["init" if self.isolation == "container" else "vmm"]
+
     def take_down(self) -> None:
         """Remove every machine and what the network holds."""
         for name in self.berth("ls", "-q").split():
@@ -111,7 +119,7 @@ class Person:
         return done.stdout.decode()
 
 
-def as_root(folder: Path) -> Person:
+def as_root(folder: Path, isolation: str = "container") -> Person:
     """Be root, with directories below `folder`."""
     layout = Layout(folder / "data", folder / "run", folder / "config", folder / "cache")
     roots = {
@@ -122,22 +130,22 @@ def as_root(folder: Path) -> Person:
 
     def command(argv: Sequence[str | bytes], env: Mapping[str, str], cwd: Path | None) -> list[str | bytes]:
         kept = {key: value for key, value in os.environ.items() if key not in ("SSH_AUTH_SOCK", "LANG", "TERM")}
-        values = {**kept, "TERM": "xterm", "LANG": "C.UTF-8", **roots, **env}
+        values = {**kept, "TERM": "xterm", "LANG": "C.UTF-8", "BERTH_ISOLATION": isolation, **roots, **env}
         return ["env", "-i", f"--chdir={cwd or home}", *(f"{key}={value}" for key, value in values.items()), *argv]
 
     python = (sys.executable,)
-    return Person("root", 0, "root", home, layout, (*python, "-m", "berth"), python, command)
+    return Person("root", 0, "root", home, layout, (*python, "-m", "berth"), python, command, isolation)
 
 
-def as_ordinary(user: Ordinary) -> Person:
+def as_ordinary(user: Ordinary, isolation: str = "container") -> Person:
     """Be the ordinary user of these tests."""
 
     def command(argv: Sequence[str | bytes], env: Mapping[str, str], cwd: Path | None) -> list[str | bytes]:
-        return user.command(argv, env=env, cwd=cwd)
+        return user.command(argv, env={"BERTH_ISOLATION": isolation, **env}, cwd=cwd)
 
     return Person(
         "user", user.uid, user.name, user.home, user.layout, (str(user.berth),), (str(user.python),), command,
-        user.namespace,
+        isolation, user.namespace,
     )  # fmt: skip
 
 

@@ -88,6 +88,7 @@ FEATURES: dict[str, Callable[[], str | None]] = {
     "mmdebstrap": _program("mmdebstrap"),
     "net": _program("ip", "nft", "dnsmasq", "pasta"),
     "podman": _program("podman"),
+    "qemu": _program("qemu-system-x86_64", "qemu-img", "mke2fs", "depmod", "lz4"),
     "root": _root,
     "shellcheck": _program("shellcheck"),
     "skopeo": _program("skopeo"),

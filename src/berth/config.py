@@ -25,6 +25,7 @@ When = Literal["now", "restart"]
 HOME_MOUNTS: tuple[HomeMount, ...] = ("rw", "ro", "none")
 ISOLATIONS: tuple[Isolation, ...] = ("container", "vm")
 MIN_MEMORY = 16 * MIB
+MIN_VM_MEMORY = 128 * MIB  # a kernel, its page tables and an init
 MIN_DISK = 64 * MIB
 MAX_CPUS = 1024
 MAX_MEMORY = 64 * 1024 * GIB
@@ -422,6 +423,20 @@ def _env_matches(item: str, text: str) -> bool:
 
 def _env_key(item: str) -> str:
     return item.partition("=")[0]
+
+
+def check_fits(isolation: Isolation, boot: BootConfig) -> None:
+    """Refuse settings that a machine of this isolation can't have. Raises InvalidArgumentError."""
+    if isolation == "vm" and boot.memory is not None and boot.memory < MIN_VM_MEMORY:
+        raise InvalidArgumentError(
+            f"invalid memory size '{format_size(boot.memory)}': a VM has a kernel of its own",
+            hint=f"give at least {format_size(MIN_VM_MEMORY)}",
+        )
+    for key, given in (("kernel", boot.kernel is not None), ("virtualization", boot.virtualization)):
+        if isolation == "container" and given:
+            raise InvalidArgumentError(
+                f"invalid setting '{key}': a container shares the host's kernel", hint="create it with --isolation vm"
+            )
 
 
 _LIST = ("=", "+=", "-=")

@@ -47,9 +47,9 @@ def agent_socket(name: str) -> str:
     return os.path.join(live(name), "agent.sock")
 
 
-def record(name: str) -> str:
-    """Return the file that names the process of a machine that has been started."""
-    return os.path.join(live(name), "container.json")
+def records(name: str) -> tuple[str, str]:
+    """Return the files one of which names the processes of a machine that has been started: a container's, a VM's."""
+    return os.path.join(live(name), "container.json"), os.path.join(live(name), "vm.json")
 
 
 def keeper_lock(name: str) -> str:

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from berth import bundle as bundles
-from berth import consolelog, locks
+from berth import consolelog, locks, trees
 from berth.agent import AgentClient, connect
 from berth.bundle import Bundle, Listed
-from berth.config import BootConfig, Change, HostUser, MachineConfig, apply_assignments
+from berth.config import BootConfig, Change, HostUser, MachineConfig, apply_assignments, check_fits
 from berth.engine.base import STOPPED, Engine, Liveness, Machine
-from berth.engine.select import choose_isolation, engine_for
+from berth.engine.select import all_engines, choose_isolation, engine_for
 from berth.errors import BerthError, BootError, DeadlineError, InvalidStateError, NotFoundError
 from berth.files import load_json
 from berth.layout import Layout
@@ -109,17 +109,25 @@ class Machines:
         raises.
         """
         progress = progress or Silent()
-        chosen = choose_isolation(isolation)
         checked = parse_machine_name(name) if name is not None else self._free_name(reference)
         bundles.check_free(self.layout, checked)
         self.layout.agent_socket(checked)  # refuses a path too long before the work, not after
+        boot_config = boot_config or BootConfig()
+        if isolation == "auto" and (boot_config.kernel or boot_config.virtualization):
+            isolation = "vm"  # nothing else can have these
+        if isolation != "auto":
+            check_fits("vm" if isolation == "vm" else "container", boot_config)
         image = self.images.ensure(reference, platform=platform, progress=progress)
+        chosen, why = choose_isolation(isolation, image.platform, self.layout)
+        check_fits(chosen, boot_config)
+        if why is not None:
+            progress.note(f"{checked} is {why}")
         config = MachineConfig(
             name=checked, id=uuid.uuid4().hex, image_reference=image.reference, image_digest=image.digest,
             platform=image.platform, isolation=chosen, created=utc_now(), user=HostUser.current(),
         )  # fmt: skip
         # The bundle comes first: from then on the image and its template are in use, and no prune takes them.
-        with bundles.create(self.layout, config, boot_config or BootConfig()):
+        with bundles.create(self.layout, config, boot_config):
             addresses.allocate(self.layout, checked)
         try:
             self._ensure_template(self._load(checked), image, progress)
@@ -162,7 +170,8 @@ class Machines:
                 engine.kill(machine)  # also what a broken start left
                 engine.clean(machine)
             else:
-                engine_for("container", self.layout).end_stray(checked)
+                for engine in all_engines(self.layout):
+                    engine.end_stray(checked)
             addresses.release(self.layout, checked)
             bundles.delete(self.layout, checked)
         self._empty_trash()
@@ -175,9 +184,8 @@ class Machines:
             teardown(self.layout)
 
     def _empty_trash(self) -> None:
-        engine = engine_for("container", self.layout)
         for path in bundles.trash(self.layout):
-            engine.delete_tree(str(path))
+            trees.delete(path)
 
     # Start and stop -----------------------------------------------------------------------------------------------
 
@@ -212,18 +220,20 @@ class Machines:
             machine = self._load(checked)
             engine = self._engine(machine)
             if engine.find(machine).state != "stopped":
-                if not force:
-                    self._ask_to_power_off(machine, timeout_s)
+                if not force and not self._ask_to_power_off(machine, timeout_s):
+                    engine.press_power(machine)
                 if force or not engine.wait_stopped(machine, timeout_s):
                     engine.kill(machine)
             engine.clean(machine)
 
-    def _ask_to_power_off(self, machine: Machine, timeout_s: float) -> None:
+    def _ask_to_power_off(self, machine: Machine, timeout_s: float) -> bool:
         try:
             with self._agent(machine.config.name, min(_ASK_S, timeout_s)) as client:
                 client.power_off()
+                return True
         except (OSError, BerthError) as error:
             log.debug("machine '%s' can't be asked to power off: %s", machine.config.name, error)
+            return False
 
     def _agent(self, name: MachineName, timeout_s: float) -> AgentClient:
         """Connect to the agent of a running machine; every answer has `timeout_s`. Raises OSError, DeadlineError."""
@@ -287,13 +297,19 @@ class Machines:
             image_digest=config.image_digest, platform=config.platform, address=reachable,
             ports=self._ports(name), cpus=boot.cpus, memory=boot.memory, disk=boot.disk,
             home_mount=boot.home_mount, mounts=boot.mounts, expose=boot.expose, env=boot.env,
-            kernel=boot.kernel or (os.uname().release if alive.init_pid else None),
+            kernel=self._kernel(config, boot, alive),
             virtualization=boot.virtualization, autostart=boot.autostart, ssh_agent=boot.ssh_agent,
             user=config.user, created=config.created, started=alive.started, default=name == default,
-            console_path=str(listed.bundle.console_log), init_pid=alive.init_pid, keeper_pid=alive.keeper_pid,
-            problems=(problem,) if problem else (), limits=alive.limits,
+            console_path=str(listed.bundle.console_log),
+            init_pid=alive.init_pid, vmm_pid=alive.vmm_pid, keeper_pid=alive.keeper_pid,
+            problems=(*((problem,) if problem else ()), *alive.problems), limits=alive.limits,
             bundle_path=path, runtime_path=runtime,
         )  # fmt: skip
+
+    def _kernel(self, config: MachineConfig, boot: BootConfig, alive: Liveness) -> str | None:
+        if config.isolation == "vm":
+            return alive.kernel or boot.kernel
+        return os.uname().release if alive.state != "stopped" else None
 
     def _status(self, name: MachineName, alive: Liveness) -> Status:
         doing = self._doing(name)
@@ -319,6 +335,7 @@ class Machines:
         bundle = Bundle(self.layout, self.resolve(name))
         with bundle.edit() as lock:
             boot, changes = apply_assignments(bundle.load_boot(), assignments)
+            check_fits(bundle.load().isolation, boot)
             bundle.save_boot(lock, boot)
         return changes
 
@@ -383,10 +400,10 @@ class Machines:
 
     def usage(self) -> builtins.list[tuple[str, int]]:
         """Count the bytes on disk: (what, bytes)."""
-        engine = engine_for("container", self.layout)
-        places = [("images", self.layout.images), ("templates", self.layout.templates)]
+        places = [("images", self.layout.images), ("templates", self.layout.templates), ("disks", self.layout.disks)]
+        places += [("kernels", self.layout.kernels)]
         places += [(f"machine {item.name}", item.bundle.path) for item in bundles.list_bundles(self.layout)]
-        return [(what, engine.disk_usage(str(path))) for what, path in places]
+        return [(what, trees.usage(path)) for what, path in places]
 
     def images_in_use(self) -> dict[str, builtins.list[str]]:
         """Say which manifest digests machines were made from: digest → machine names."""
@@ -408,14 +425,14 @@ class Machines:
 
     def prune_templates(self) -> None:
         """Remove templates whose image is neither stored nor used by a machine."""
-        engine = engine_for("container", self.layout)
         with bundles.machines_lock(self.layout):
             kept = {digest.replace(":", "-") for digest in self.images_in_use()}
             kept |= {image.digest.replace(":", "-") for image in self.images.list()}
-            doomed = [path for path in _directories(self.layout.templates) if _stem(path) not in kept]
+            folders = [*_directories(self.layout.templates), *_directories(self.layout.disks)]
+            doomed = [path for path in folders if _stem(path) not in kept]
             renamed = [path.rename(path.with_name(f"{_stem(path)}.doomed")) for path in doomed]
         for path in renamed:
-            engine.delete_tree(str(path))
+            trees.delete(path)
 
     def start_autostart(
         self, progress: Progress | None = None

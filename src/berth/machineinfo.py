@@ -49,6 +49,7 @@ class MachineInfo:
     runtime_path: str | None = None
     console_path: str | None = None
     init_pid: int | None = None
+    vmm_pid: int | None = None
     keeper_pid: int | None = None
     problems: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()
@@ -80,7 +81,7 @@ class MachineInfo:
             "createdDate": self.created,
             "startedDate": self.started,
             "paths": {"bundle": self.bundle_path, "runtime": self.runtime_path, "console": self.console_path},
-            "pids": {"init": self.init_pid, "keeper": self.keeper_pid},
+            "pids": {"init": self.init_pid, "vmm": self.vmm_pid, "keeper": self.keeper_pid},
             "problems": list(self.problems),
             "limits": list(self.limits),
         }

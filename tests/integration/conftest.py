@@ -22,18 +22,34 @@ SHARED_IMAGES = Path("/work/shared/images")
 _numbers = itertools.count(1)
 
 
-@pytest.fixture(scope="session", params=["root", "user"])
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out of the VM's runs what is about containers, or about neither: its marker says why."""
+    doomed = [item for item in items if item.get_closest_marker("container") and _wants_vm(item)]
+    config.hook.pytest_deselected(items=doomed)
+    items[:] = [item for item in items if item not in set(doomed)]
+
+
+def _wants_vm(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and str(callspec.params.get("person", "")).endswith("-vm")
+
+
+@pytest.fixture(scope="session", params=["root", "user", "root-vm", "user-vm"])
 def person(request: pytest.FixtureRequest, session: Path, agent_binary: Path) -> Generator[Person]:
-    """Who runs berth: root, and an ordinary user. Everything of theirs is taken down at the end."""
+    """Who runs berth: root, and an ordinary user; machines in containers, then in VMs, with the same images.
+
+    Everything of theirs is taken down at the end.
+    """
     del agent_binary  # built before anybody starts a machine
-    for feature in ("crun", "net"):
+    who, _, isolation = str(request.param).partition("-")
+    for feature in ("crun", "net", *(["qemu", "mirror"] if isolation == "vm" else [])):
         need(feature)
-    if request.param == "root":
+    if who == "root":
         need("root")
-        someone = as_root(session / "root")
+        someone = as_root(session / "root", isolation or "container")
     else:
         ordinary: Ordinary = request.getfixturevalue("ordinary_user")
-        someone = as_ordinary(ordinary)
+        someone = as_ordinary(ordinary, isolation or "container")
     yield someone
     someone.take_down()
 

@@ -44,13 +44,14 @@ def test_a_killed_keeper_is_replaced_and_the_machine_lives(person: Person, machi
     assert person.inspect(name)["status"] == "running"
     assert person.run(name, "echo", "alive") == "alive\n"
     after = person.pids(name)
-    assert after["init"] == before["init"]
+    assert (after["init"], after["vmm"]) == (before["init"], before["vmm"])
     assert after["keeper"] not in (None, before["keeper"])
     # The console is a new one, and is logged again.
     person.berth("run", "-n", name, "--root", "--", "sh", "-c", "echo after-the-repair > /dev/console")
     _wait(lambda: "after-the-repair" in person.berth("logs", "--boot", name), "the console is not logged")
 
 
+@pytest.mark.container("a VM's agent is out of the host's reach: test_vm.py kills it from inside")
 def test_a_killed_agent_is_replaced_and_the_machine_lives(person: Person, machine: Callable[..., str]) -> None:
     name = machine()
     init = person.pids(name)["init"]
@@ -80,7 +81,7 @@ def _is_agent_of(entry: Path, init: int) -> bool:
 
 def test_a_killed_machine_is_stopped_and_starts_again(person: Person, machine: Callable[..., str]) -> None:
     name = machine()
-    _kill(person.pids(name)["init"])
+    _kill(person.main_pid(name))
     _wait(lambda: person.inspect(name)["status"] == "stopped", "it is not found stopped")
     assert person.run(name, "echo", "again") == "again\n"
 
@@ -120,14 +121,14 @@ def test_a_killed_create_leaves_nothing_or_a_machine(
 
 def test_a_hung_init_is_stopped_in_time(person: Person, machine: Callable[..., str]) -> None:
     name = machine()
-    init = person.pids(name)["init"]
-    os.kill(init, signal.SIGSTOP)
+    os.kill(person.main_pid(name), signal.SIGSTOP)
     started = time.monotonic()
     person.berth("stop", name, "-t", "2")
     assert time.monotonic() - started < 20
     assert person.inspect(name)["status"] == "stopped"
 
 
+@pytest.mark.container("it is about what is said, whatever the isolation")
 @pytest.mark.parametrize(
     ("words", "status", "text"),
     [
@@ -139,7 +140,9 @@ def test_a_hung_init_is_stopped_in_time(person: Person, machine: Callable[..., s
         (("create", "nowhere.invalid/some/image:1"), 1, ""),
         (("create", "bootstrap:debian/no-such-release"), 2, "invalid"),
         (("create", "debian:12", "--name", "y", "--memory", "lots"), 2, "invalid"),
-        (("create", "debian:12", "--name", "y", "--isolation", "vm"), 1, "vm"),
+        (("create", "debian:12", "--name", "y", "--isolation", "xen"), 2, "invalid"),
+        (("create", "debian:12", "--name", "y", "--isolation", "container", "--virtualization"), 2, "--isolation vm"),
+        (("create", "debian:12", "--name", "y", "--isolation", "vm", "--memory", "64M"), 2, "at least 128M"),
         (("inspect", "no-such-machine"), 1, "not found"),
         (("rm", "no-such-machine"), 1, "not found"),
         (("start", "no-such-machine"), 1, "not found"),
@@ -166,6 +169,7 @@ def test_bad_input(person: Person, debian: str, words: tuple[str, ...], status: 
     assert person.run(debian, "true") == ""
 
 
+@pytest.mark.container("it is about the bundle's documents, whatever the isolation")
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [
@@ -195,12 +199,13 @@ def test_a_damaged_bundle_is_listed_and_can_be_removed(
 
 def test_a_running_machine_with_a_damaged_bundle_ends_with_it(person: Person, machine: Callable[..., str]) -> None:
     name = machine()
-    init = person.pids(name)["init"]
+    init = person.main_pid(name)
     (person.layout.bundle(name) / "config.json").write_text("{garbage")  # type: ignore[arg-type]
     person.berth("rm", "-f", name)
     _wait(lambda: _gone(init), "it still runs")
 
 
+@pytest.mark.container("VMs need no crun")
 def test_no_crun_is_told(person: Person, machine: Callable[..., str], session: Path) -> None:
     name = machine("--no-boot")
     empty = session / "empty-path"

@@ -33,6 +33,7 @@ def small_disk(person: Person, session: Path) -> Generator[Path]:
     image.unlink()
 
 
+@pytest.mark.container("test_vm.py has a VM's own full disk")
 def test_a_full_disk_is_told_and_nothing_is_half_made(
     person: Person, small_disk: Path, alpine: str, alpine_tar: Path
 ) -> None:
@@ -79,6 +80,7 @@ def test_no_subordinate_ids_is_told_with_the_cure(person: Person, session: Path,
     assert person.run(alpine, "echo", "untouched") == "untouched\n"
 
 
+@pytest.mark.container("a VM's cgroups are its kernel's")
 def test_without_a_cgroup_machines_run_without_services(person: Person, debian: str) -> None:
     """An ordinary user outside of any delegated cgroup: systemd can't run, commands do, and both is told."""
     if person.is_root:

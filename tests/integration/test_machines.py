@@ -33,7 +33,7 @@ def test_list_shows_it(person: Person, debian: str) -> None:
     assert debian in person.berth("ls", "-q").split()
     listed = {item["name"]: item for item in json.loads(person.berth("ls", "--format", "json"))}
     assert listed[debian]["status"] == "running"
-    assert listed[debian]["isolation"] == "container"
+    assert listed[debian]["isolation"] == person.isolation
     assert listed[debian]["ipAddress"].startswith("10." if person.is_root else "127.")
     assert person.berth("machine", "ls", "-q") == person.berth("m", "list", "-q") == person.berth("ls", "-q")
 
@@ -48,7 +48,7 @@ def test_inspect_says_all_of_it(person: Person, debian: str) -> None:
     assert found["id"] == debian
     assert found["problems"] == []
     pids = person.pids(debian)
-    assert Path(f"/proc/{pids['init']}").exists()
+    assert Path(f"/proc/{person.main_pid(debian)}").exists()
     assert b"keeper" in Path(f"/proc/{pids['keeper']}/cmdline").read_bytes()
 
 
@@ -120,6 +120,7 @@ def test_limits_hold_where_the_host_has_them(person: Person, machine: Callable[.
     person.try_berth("run", "-n", name, "--root", "--", "rm", "-f", "/dev/shm/fill")
 
 
+@pytest.mark.container("it is about names, whatever the isolation")
 def test_create_without_a_name_takes_the_images(person: Person, alpine_tar: Path) -> None:
     first = person.berth("create", "--no-boot", f"rootfs:{alpine_tar}").strip()
     second = person.berth("create", "--no-boot", f"rootfs:{alpine_tar}").strip()
@@ -140,6 +141,7 @@ def test_a_running_machine_is_removed_only_by_force(person: Person, machine: Cal
     assert person.try_berth("inspect", name).status == 1
 
 
+@pytest.mark.container("it is about the bundle's name, whatever the isolation")
 def test_twenty_creates_of_one_name_make_one_machine(person: Person, alpine: str, alpine_tar: Path) -> None:
     del alpine
     results: list[int] = []
@@ -168,9 +170,9 @@ def test_many_runs_boot_a_stopped_machine_once(person: Person, machine: Callable
 
 def test_restart_and_start_print_the_name(person: Person, machine: Callable[..., str]) -> None:
     name = machine()
-    first = person.pids(name)["init"]
+    first = person.main_pid(name)
     assert person.berth("restart", name).strip() == name
-    assert person.pids(name)["init"] != first
+    assert person.main_pid(name) != first
     assert person.berth("start", name).strip() == name
 
 

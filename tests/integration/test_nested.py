@@ -42,6 +42,7 @@ $berth rm --force inner
 """
 
 
+@pytest.mark.container("it is about containers below systemd; a VM in a VM needs hardware virtualization")
 def test_an_ordinary_user_below_systemd(person: Person, debian: str, debian_tar: Path) -> None:
     if not person.is_root:
         pytest.skip("needs root's machine: a user's has no ids left for users of its own")

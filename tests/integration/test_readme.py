@@ -11,6 +11,8 @@ import pytest
 from person import Person
 from support import ROOT
 
+pytestmark = pytest.mark.container("the Python API is the same code, whatever the isolation")
+
 
 @pytest.fixture
 def stored(person: Person, debian: str, debian_tar: Path) -> Generator[None]:

@@ -18,7 +18,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(
         (
             "host", "files", "locks", "proc", "layout", "log", "progress", "agentbinary", "userns", "syscalls",
-            "inside", "credentials", "rooted", "outputs", "signals",
+            "inside", "credentials", "rooted", "outputs", "signals", "trees",
         ),
         1,
     ),

@@ -12,10 +12,10 @@ from berth import userns
 from berth.bundle import Bundle
 from berth.config import BootConfig, HostUser, MachineConfig, Mount
 from berth.engine.base import Machine
-from berth.engine.common import boot_document
 from berth.engine.crun import cgroups
 from berth.engine.crun.plan import container_id, plan_binds, plan_launch
 from berth.engine.crun.spec import runtime_spec
+from berth.engine.running import boot_document
 from berth.layout import Layout
 from berth.names import MachineName
 from berth.net.addresses import Address

@@ -68,7 +68,7 @@ def test_enter_command_runs_as_root_inside() -> None:
 
 def test_a_call_without_a_namespace_runs_as_we_are(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x" * 10000)
-    used = userns.call("berth.engine.crun.storage:disk_usage", {"path": str(tmp_path)})
+    used = userns.call("berth.trees:disk_usage", {"path": str(tmp_path)})
     assert isinstance(used, int)
     assert used >= 10000
     assert os.listdir(tmp_path) == ["file"]

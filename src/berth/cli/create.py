@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from berth.cli import common, progress
 from berth.cli.output import emit
@@ -43,9 +44,9 @@ def _configure(parser: Parser) -> Handler:
                   "without it one is made from the image's name")  # fmt: skip
     parser.option("--set-default", action="store_true", help="make it the default machine")
     parser.option("--no-boot", action="store_true", help="only make it")
-    parser.option("--isolation", choices=("auto", *ISOLATIONS), default="auto", metavar="auto|vm|container",
+    parser.option("--isolation", choices=("auto", *ISOLATIONS), metavar="auto|vm|container",
                   help="a kernel of its own (vm) or this host's (container); auto is vm where the hardware can, "
-                  "else container")  # fmt: skip
+                  "else container; default: $BERTH_ISOLATION, else auto")  # fmt: skip
     for key in KEYS:
         if key.flag:
             _add_key(parser, key, key.flag)
@@ -90,9 +91,10 @@ def _create(args: argparse.Namespace) -> int:
     parse_reference(args.image)
     platform = parse_platform(args.platform) if args.platform is not None else None
     boot = boot_config(args)
+    isolation = args.isolation or os.environ.get("BERTH_ISOLATION") or "auto"
     with progress.display(args.progress) as shown:
         made = common.machines().create(
-            args.image, name=name, boot_config=boot, isolation=args.isolation, platform=platform,
+            args.image, name=name, boot_config=boot, isolation=isolation, platform=platform,
             boot=not args.no_boot, set_default=args.set_default, progress=shown,
         )  # fmt: skip
     emit(made)

@@ -223,7 +223,7 @@ def _is_kept(name: str) -> bool:
     """
     import fcntl
 
-    if not os.path.exists(fastpath.record(name)):
+    if not any(map(os.path.exists, fastpath.records(name))):
         return False
     try:
         fd = os.open(fastpath.keeper_lock(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)

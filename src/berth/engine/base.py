@@ -93,11 +93,3 @@ class Engine(Protocol):
     def clean(self, machine: Machine) -> None:
         """Remove what a stopped machine left in the runtime directory, the cgroups and the network; idempotent."""
         ...
-
-    def delete_tree(self, path: str) -> None:
-        """Remove a directory tree whose files may belong to the guest's ids."""
-        ...
-
-    def disk_usage(self, path: str) -> int:
-        """Count the bytes that a directory tree takes on disk."""
-        ...

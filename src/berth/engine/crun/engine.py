@@ -13,15 +13,17 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import cast
 
-from berth import files, locks, userns
+from berth import files, locks, trees, userns
 from berth.agent import AgentClient, connect
 from berth.agentbinary import find_agent
 from berth.engine.base import STOPPED, Liveness, Machine
-from berth.engine.common import (
+from berth.engine.crun import cgroups, storage
+from berth.engine.crun.plan import container_id, plan_launch
+from berth.engine.running import (
     Process,
     answers,
     await_agent,
@@ -32,8 +34,6 @@ from berth.engine.common import (
     make_covers,
     texts,
 )  # fmt: skip
-from berth.engine.crun import cgroups, storage
-from berth.engine.crun.plan import container_id, plan_launch
 from berth.errors import BerthError, BusyError, DeadlineError, StateFormatError
 from berth.layout import Layout
 from berth.log import log
@@ -99,7 +99,7 @@ class ContainerEngine:
                 files.save_json(partial / "template.json", {"digest": digest}, schema=_SCHEMA)
                 partial.rename(template)
             except BaseException:
-                self.delete_tree(str(partial))
+                trees.delete(partial)
                 raise
             files.sync_directory(self._layout.templates)
 
@@ -128,7 +128,7 @@ class ContainerEngine:
     def _sweep_templates(self) -> None:
         """Remove templates that were never finished; the lock is held, so nobody makes one now."""
         for path in self._layout.templates.glob("*.partial"):
-            self.delete_tree(str(path))
+            trees.delete(path)
 
     # One machine's life -------------------------------------------------------------------------------------------
 
@@ -158,7 +158,7 @@ class ContainerEngine:
             self._start_keeper(machine, agent, console=console.fileno())
             try:
                 self._launch(machine, agent, idmap, placement, network, listener)
-                await_agent(machine, self._layout, progress, _READY_S)
+                await_agent(machine, progress, _READY_S)
             except BaseException:
                 self.kill(machine)
                 self.clean(machine)
@@ -316,7 +316,7 @@ class ContainerEngine:
         if record is not None and record.process.is_alive():
             record.process.kill(_KILL_S)
         if record is not None and record.cgroups:
-            self._inside("sweep", {"state": "", "directories": list(record.cgroups)})
+            _sweep("", record.cgroups)
         withdraw(self._layout, name)
         shutil.rmtree(self._layout.live(name), ignore_errors=True)
 
@@ -324,10 +324,11 @@ class ContainerEngine:
         state = self._layout.crun / container_id(machine)
         if not state.exists():
             return None
-        match self._inside("read_container", {"state": str(state)}):
-            case document:
-                process = Process.from_json(document)
-                return None if process is None else _Record(process, "", (), ())
+        found = trees.inside(
+            "berth.engine.crun.storage:read_container", storage.read_container, {"state": str(state)}
+        )  # fmt: skip
+        process = Process.from_json(found)
+        return None if process is None else _Record(process, "", (), ())
 
     def clean(self, machine: Machine) -> None:
         name = machine.config.name
@@ -350,22 +351,13 @@ class ContainerEngine:
         """Remove the cgroups and crun's state of a container that has ended."""
         state = self._layout.crun / container_id(machine)
         if state.exists() or any(Path(directory).exists() for directory in directories):
-            self._inside("sweep", {"state": str(state), "directories": directories})
+            _sweep(str(state), directories)
 
-    def delete_tree(self, path: str) -> None:
-        if Path(path).exists():
-            self._inside("remove_tree", {"path": path})
 
-    def disk_usage(self, path: str) -> int:
-        return int(str(self._inside("disk_usage", {"path": path})))
-
-    def _inside(self, function: str, arguments: Mapping[str, object]) -> object:
-        """Call a function of `storage` where the machine's files can be touched: here as root, else in a namespace."""
-        if self._root:
-            called: Callable[..., object] = getattr(storage, function)
-            return called(**arguments)
-        idmap = userns.plan_idmap(os.getuid(), os.getgid())
-        return userns.call(f"berth.engine.crun.storage:{function}", arguments, idmap=idmap)
+def _sweep(state: str, directories: Sequence[str]) -> None:
+    trees.inside(
+        "berth.engine.crun.storage:sweep", storage.sweep, {"state": state, "directories": list(directories)}
+    )  # fmt: skip
 
 
 def _allow_many_inits() -> None:
