@@ -63,6 +63,19 @@ def start(name, pid):
     network.publish(layout, name, address, pid)
     return address.to_json()
 
+def start_vm(name):
+    # What stands in for QEMU holds the TAP, and is in no namespace of the machine's.
+    from berth.net import tap
+    from berth.proc import spawn
+    address = addresses.allocate(layout, name)
+    net = ensure()
+    network.publish(layout, name, address)
+    fd = tap.open_tap(net, address)
+    process = spawn(["sleep", "1000"], pass_fds=[fd], new_session=True)
+    process.returncode = 0
+    network.publish(layout, name, address, process.pid, tap=True)
+    return {"address": address.to_json(), "pid": process.pid, "fd": fd}
+
 def stand_in():
     # A machine's namespaces: a user namespace below the hub's (or the host's) and a network of its own.
     from berth.proc import spawn
@@ -88,6 +101,7 @@ try:
     result = {
         "ensure": lambda: ensure().to_json(),
         "start": lambda: start(request["name"], request["pid"]),
+        "start_vm": lambda: start_vm(request["name"]),
         "stand_in": stand_in,
         "speed": speed,
         "withdraw": lambda: network.withdraw(layout, request["name"]),
@@ -163,6 +177,13 @@ class World:
         self.machines.append(pid)
         _wait(lambda: Path(f"/proc/{pid}/comm").read_text() == "sleep\n")
         return Address.from_json(self.do("start", name=name, pid=pid), where="worker"), pid
+
+    def vm(self, name: str) -> tuple[Address, int, int]:
+        """Attach a stand-in for a VM; return its address, who plays QEMU, and its descriptor of the TAP."""
+        answer = cast("dict[str, object]", self.do("start_vm", name=name))
+        pid = cast("int", answer["pid"])
+        self.machines.append(pid)
+        return Address.from_json(answer["address"], where="worker"), pid, cast("int", answer["fd"])
 
     def stop(self, name: str, pid: int) -> None:
         """End a stand-in as a machine ends."""

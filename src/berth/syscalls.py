@@ -1,7 +1,7 @@
 """The few system calls that Python 3.11 has no name for. Layer 1; used by `inside`, `userns` and the engines.
 
 Sources: mount(2), umount2(2), unshare(2), setns(2), open_tree(2), move_mount(2), mount_setattr(2), pivot_root(2),
-prctl(2);
+pidfd_getfd(2), prctl(2);
 numbers from the kernel's include/uapi (the new ones are the same on every architecture).
 """
 
@@ -27,6 +27,7 @@ MS_SLAVE = 0x8_0000
 
 _OPEN_TREE = 428
 _MOVE_MOUNT = 429
+_PIDFD_GETFD = 438
 _MOUNT_SETATTR = 442
 _AT_EMPTY_PATH = 0x1000
 _AT_RECURSIVE = 0x8000
@@ -104,6 +105,11 @@ def replace_root(root: str) -> None:
     _check(_libc.pivot_root(b".", b"."), root)
     _check(_libc.umount2(b".", _MNT_DETACH), root)  # the old root now lies on top of the new
     os.chdir("/")
+
+
+def pidfd_getfd(pidfd: int, fd: int) -> int:
+    """Duplicate the descriptor `fd` of another process, close-on-exec. Raises OSError."""
+    return _check(_libc.syscall(_PIDFD_GETFD, pidfd, fd, ctypes.c_uint(0)), "pidfd_getfd")
 
 
 def die_with_parent(signal: int) -> None:

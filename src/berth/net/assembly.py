@@ -12,7 +12,7 @@ import pwd
 import socket
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from berth import userns
@@ -81,8 +81,13 @@ class Assembly:
         command = self._holder or hub.holder_command(self._layout)
         for dnsmasq in find_dnsmasq(self._layout):
             return hub.start_beside(command, dnsmasq)
+        running = record.running_machines(self._layout)
+        for machine in running:
+            found = hub.start_by_tap(command, machine.process) if machine.tap else None
+            if found is not None:
+                return found
         self._forget_namespaces()
-        relatives = [machine.process for machine in record.running_machines(self._layout)]
+        relatives = [machine.process for machine in running if not machine.tap]
         return hub.start_new(command, relatives)
 
     def _forget_namespaces(self) -> None:
@@ -238,13 +243,21 @@ class Assembly:
 
     def _attach(self, machine: record.Attached) -> None:
         holder = self.record.holder
-        if holder is None:
-            attach.attach(self.bridge, machine.address, machine.process.pid)
-            return
-        arguments = {
-            "bridge": self.bridge, "address": machine.address.to_json(), "pid": machine.process.pid,
-        }  # fmt: skip
-        userns.call("berth.net.attach:attach_inside", arguments, holder=holder.pid, timeout_s=30)
+        address = machine.address.to_json()
+        match holder, machine.tap:
+            case None, True:
+                attach.hang(self.bridge, machine.address)
+            case None, False:
+                attach.attach(self.bridge, machine.address, machine.process.pid)
+            case _, True:
+                self._call("berth.net.attach:hang_inside", {"bridge": self.bridge, "address": address})
+            case _:
+                arguments = {"bridge": self.bridge, "address": address, "pid": machine.process.pid}
+                self._call("berth.net.attach:attach_inside", arguments)
+
+    def _call(self, function: str, arguments: Mapping[str, object]) -> None:
+        holder = self.record.holder
+        userns.call(function, arguments, holder=holder.pid if holder else None, timeout_s=30)
 
 
 def dnsmasq_pid_file(layout: Layout) -> Path:

@@ -1,4 +1,4 @@
-"""The cable of one machine: a veth pair from the bridge to its eth0. Layer 3.
+"""The cable of one machine: a veth pair from the bridge to its eth0, or a VM's TAP (made by `tap`). Layer 3.
 
 The launcher of a machine calls `attach` where it already is in the right namespaces: root in the host's, a user's
 as root of the hub (`berth.userns.call` with the hub's holder). Nothing is recorded here: `network.publish` does that.
@@ -44,6 +44,16 @@ def detach(address: Address) -> None:
 def attach_inside(bridge: str, address: dict[str, object], pid: int) -> None:
     """`attach` with arguments as JSON has them, for `userns.call`."""
     attach(bridge, Address.from_json(address, where="attach_inside"), pid)
+
+
+def hang(bridge: str, address: Address) -> None:
+    """Hang a VM's TAP, which is there, on the bridge; idempotent. Raises CommandError."""
+    run(["ip", "-batch", "-"], input=plan.tap_batch(bridge, address).encode(), timeout_s=_DEADLINE_S)
+
+
+def hang_inside(bridge: str, address: dict[str, object]) -> None:
+    """`hang` with arguments as JSON has them, for `userns.call`."""
+    hang(bridge, Address.from_json(address, where="hang_inside"))
 
 
 def _connect(bridge: str, address: Address, pid: int) -> None:

@@ -2,17 +2,19 @@
 
 A namespace lives as long as a process is in it. The holder is one; dnsmasq is another, through which the namespace is
 found again when the holder was killed. When both are gone, running machines still stand in user namespaces below the
-hub's: a new network namespace is then made *there*, because only its root may connect them again.
+hub's: a new network namespace is then made *there*, because only its root may connect them again. A VM's TAP, which
+its QEMU holds, keeps the namespace alive without any process in it; through that it is found again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import time
 from collections.abc import Callable, Sequence
 
-from berth import userns
+from berth import syscalls, userns
 from berth.agentbinary import find_agent
 from berth.errors import BerthError, DeadlineError
 from berth.layout import Layout
@@ -20,7 +22,10 @@ from berth.net.processes import Process, every_process, find_programs, identify,
 from berth.proc import spawn
 
 # Source: ioctl_ns(2).
+_NS_GET_USERNS = 0xB701
 _NS_GET_PARENT = 0xB702
+# Source: linux/sockios.h; a TAP answers with the network namespace that it was made in.
+_SIOCGSKNS = 0x894C
 _START_S = 5.0
 
 
@@ -59,6 +64,47 @@ def start_beside(command: Sequence[str], member: Process) -> Process:
     """Start a holder in the namespaces of `member`. Raises BerthError."""
     namespace = network_namespace(member.pid)
     return _start(userns.enter_command(member.pid, command), lambda found: found == namespace)
+
+
+def start_by_tap(command: Sequence[str], vmm: Process) -> Process | None:
+    """Start a holder in the network namespace whose TAP the process `vmm` holds; None when it shows none to us.
+
+    Where Yama restricts ptrace (Ubuntu), a process shows its descriptors to its ancestors only.
+    """
+    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+        tap = _borrow_tap(vmm)
+        if tap is None:
+            return None
+        stack.callback(os.close, tap)
+        network = fcntl.ioctl(tap, _SIOCGSKNS)
+        stack.callback(os.close, network)
+        user = fcntl.ioctl(network, _NS_GET_USERNS)
+        stack.callback(os.close, user)
+        wanted = os.fstat(network).st_ino
+        enter = [
+            "nsenter",
+            f"--user=/proc/self/fd/{user}",
+            f"--net=/proc/self/fd/{network}",
+            "-S",
+            "0",
+            "-G",
+            "0",
+            "--",
+        ]
+        return _start([*enter, *command], lambda found: found == wanted, pass_fds=[user, network])
+    return None
+
+
+def _borrow_tap(vmm: Process) -> int | None:
+    """Duplicate the descriptor of a TAP from another process of ours. Raises OSError when that is not allowed."""
+    pidfd = os.pidfd_open(vmm.pid)
+    try:
+        for name in os.listdir(f"/proc/{vmm.pid}/fd"):
+            if os.readlink(f"/proc/{vmm.pid}/fd/{name}") == "/dev/net/tun":
+                return syscalls.pidfd_getfd(pidfd, int(name))
+        return None
+    finally:
+        os.close(pidfd)
 
 
 def members(namespace: int | None) -> list[int]:

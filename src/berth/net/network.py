@@ -100,10 +100,11 @@ def attach(network: Network, address: Address, pid: int) -> None:
     cable.attach(network.bridge, address, pid)
 
 
-def publish(layout: Layout, name: MachineName, address: Address, pid: int | None = None) -> None:
+def publish(layout: Layout, name: MachineName, address: Address, pid: int | None = None, *, tap: bool = False) -> None:
     """Make a machine known to the others by its name, NAME and NAME.berth; idempotent.
 
     pid: a process in its network namespace, when there is one: a network that has to be made anew connects it again.
+    tap: it is a VM with a TAP (`tap.open_tap`), and pid is its QEMU, which holds that.
     """
     _make_directories(layout)
     # Moved in whole: dnsmasq reads whatever is closed in that directory, half-written names included.
@@ -112,7 +113,7 @@ def publish(layout: Layout, name: MachineName, address: Address, pid: int | None
     partial.chmod(0o644)
     partial.replace(layout.hub_hosts / name)
     if pid is not None:
-        record.save_attached(layout, name, address, pid)
+        record.save_attached(layout, name, address, pid, tap=tap)
 
 
 def withdraw(layout: Layout, name: MachineName) -> None:

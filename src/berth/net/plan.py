@@ -49,6 +49,11 @@ def port_batch(bridge: str, address: Address, pid: int) -> str:
     )
 
 
+def tap_batch(bridge: str, address: Address) -> str:
+    """Say what hangs a VM's cable, which is there already, on the bridge."""
+    return f"link set dev {address.interface} master {bridge} up\n"
+
+
 def guest_batch(address: Address) -> str:
     """Say what configures a machine's end, from within its namespace."""
     return (

@@ -91,19 +91,23 @@ def _parse(document: dict[str, object], *, where: str) -> Record:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Attached:
-    """A machine that hangs on the bridge. process: one inside its network namespace (its init)."""
+    """A machine that hangs on the bridge. process: one inside its network namespace (its init).
+
+    tap: it is a VM; process is its QEMU, which holds the TAP and stands in no network namespace of the machine's.
+    """
 
     name: MachineName
     address: Address
     process: Process
+    tap: bool = False
 
 
-def save_attached(layout: Layout, name: MachineName, address: Address, pid: int) -> None:
+def save_attached(layout: Layout, name: MachineName, address: Address, pid: int, *, tap: bool = False) -> None:
     """Remember where a running machine's cable ends, so that a new hub can connect it again."""
     process = identify(pid)
     if process is not None:
         layout.hub_machines.mkdir(parents=True, exist_ok=True)
-        document = {"address": address.to_json(), "process": _process_to_json(process)}
+        document = {"address": address.to_json(), "process": _process_to_json(process), "tap": tap}
         files.save_json(layout.hub_machines / f"{name}.json", document, schema=SCHEMA)
 
 
@@ -131,7 +135,8 @@ def _load_attached(path: Path, name: MachineName) -> list[Attached]:
     except (FileNotFoundError, StateFormatError) as error:
         log.debug("no attached machine: %s", error)
         return []
-    return [Attached(name, address, process)] if process is not None and process.alive() else []
+    is_tap = document.get("tap") is True
+    return [Attached(name, address, process, is_tap)] if process is not None and process.alive() else []
 
 
 def _process_to_json(process: Process | None) -> dict[str, int] | None:
