@@ -1,5 +1,8 @@
-// Package keeper is `agent keeper`, the one process that stays on the host while a container machine runs. It writes
-// the machine's console to a file, forwards the ports that listen in it, and connects it with the host's SSH agent.
+// Package keeper is `agent keeper`, the one process of berth that stays on the host while a machine runs. It writes the
+// machine's console to a file, forwards the ports that listen in it, and connects it with the host's SSH agent. For a
+// VM it also carries the clients of agent.sock to the agent, and watches over QEMU.
+//
+// keeper.go is the beginning of both kinds; container.go and vm.go are the two. main calls Main.
 //
 // It runs as the host's user and outlives the berth command that started it. It may be killed at any time: the machine
 // lives on and the next berth command starts another. All that comes from the guest is untrusted. It is to be small
@@ -16,13 +19,11 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strconv"
-	"sync"
 	"syscall"
 	"time"
 
 	"berth.dev/guest/internal/files"
 	"berth.dev/guest/internal/memory"
-	"berth.dev/guest/internal/wire"
 )
 
 // Options of the keeper, as its command line gives them.
@@ -38,6 +39,14 @@ type Options struct {
 	Forward netip.Addr
 	// PID is the machine's process 1 as the host sees it, 0 when it is not known yet: container.json tells it later.
 	PID int
+	// VM: the machine is one; what follows is of VMs only.
+	VM bool
+	// AgentFD is the listening socket at agent.sock, whose clients are ours to carry.
+	AgentFD int
+	// Again: the machine runs already, and its keeper was killed.
+	Again bool
+	// DiskDir is a directory of the file system that the machine's disk lies on.
+	DiskDir string
 	// Version is told to the agent.
 	Version string
 }
@@ -52,6 +61,11 @@ type times struct {
 	retryMin time.Duration // between attempts to reach the agent
 	retryMax time.Duration
 	ask      time.Duration // between attempts to get a console from the agent
+	look     time.Duration // between looks for space on the host's disk
+	breath   time.Duration // for a guest to see that the channel was hung up
+	clock    time.Duration // between looks whether the host has slept
+	begin    time.Duration // for the agent to take a client, until it is doubted
+	answer   time.Duration // for a doubted agent to answer
 }
 
 var usual = times{
@@ -63,6 +77,11 @@ var usual = times{
 	retryMin: 50 * time.Millisecond,
 	retryMax: 2 * time.Second,
 	ask:      10 * time.Second,
+	look:     2 * time.Second,
+	breath:   100 * time.Millisecond,
+	clock:    10 * time.Second,
+	begin:    10 * time.Second,
+	answer:   30 * time.Second, // a software-emulated guest on a busy host is slow
 }
 
 const (
@@ -81,11 +100,11 @@ func Main(args []string, version string) int {
 	}
 	options.Version = version
 	memory.BeSmall()
-	if options.ConsoleFD >= 0 {
-		files.CloseInherited(options.ConsoleFD)
-		syscall.CloseOnExec(options.ConsoleFD)
-	} else {
-		files.CloseInherited()
+	files.CloseInherited(options.ConsoleFD, options.AgentFD)
+	for _, fd := range []int{options.ConsoleFD, options.AgentFD} {
+		if fd >= 0 {
+			syscall.CloseOnExec(fd)
+		}
 	}
 	_, _ = syscall.Setsid()
 	syscall.Umask(0o077)
@@ -107,6 +126,10 @@ func parse(args []string) (options Options, err error) {
 	set.IntVar(&options.ConsoleFD, "console-fd", -1, "")
 	set.IntVar(&options.PID, "pid", 0, "")
 	set.TextVar(&options.Forward, "forward", netip.Addr{}, "")
+	set.BoolVar(&options.VM, "vm", false, "")
+	set.IntVar(&options.AgentFD, "agent-fd", -1, "")
+	set.BoolVar(&options.Again, "again", false, "")
+	set.StringVar(&options.DiskDir, "disk-dir", "", "")
 	if err := set.Parse(args); err != nil {
 		return options, err
 	}
@@ -121,28 +144,19 @@ func parse(args []string) (options Options, err error) {
 		return options, errors.New("--console-fd must be above 2")
 	case options.PID < 0:
 		return options, errors.New("--pid must be above 0")
+	case options.VM != (options.AgentFD > 2) || options.VM && options.ConsoleFD >= 0:
+		return options, errors.New("--vm needs --agent-fd, above 2, and no --console-fd")
+	case options.DiskDir != "" && !filepath.IsAbs(options.DiskDir):
+		return options, errors.New("--disk-dir must be an absolute path")
 	}
 	return options, nil
 }
 
-// keeper is the state of one run. What is not said to be shared belongs to the goroutine of run.
-type keeper struct {
-	options Options
-	times   times
-	console *console
-	ports   *forwarder // nil: nothing is forwarded
-	changed chan struct{}
-
-	mu        sync.Mutex
-	lastAlive time.Time // of the connection to the agent
-	connected bool
-	awaiting  bool // the console from the container runtime
-}
-
 // run keeps one machine until it has ended, or stop brings something. nil also when another keeper has the lock.
 func run(options Options, times times, stop <-chan os.Signal) error {
+	first := options.ConsoleFD >= 0 || options.VM && !options.Again
 	patience := times.probe
-	if options.ConsoleFD >= 0 {
+	if first {
 		patience = times.lock
 	}
 	lock, err := takeLock(filepath.Join(options.Dir, "keeper.lock"), patience)
@@ -155,24 +169,20 @@ func run(options Options, times times, stop <-chan os.Signal) error {
 		return fmt.Errorf("can't open the console log: %w", err)
 	}
 	defer log.close()
-	k := &keeper{options: options, times: times, changed: make(chan struct{}, 1), lastAlive: time.Now()}
-	k.console = newConsole(log, k.changed)
-	defer k.console.close()
+	var ports *forwarder
 	if options.Forward.IsValid() {
-		k.ports = newForwarder(options.Forward, filepath.Join(options.Dir, "ports.json"))
-		defer k.ports.close()
+		ports = newForwarder(options.Forward, filepath.Join(options.Dir, "ports.json"))
+		defer ports.close()
 	}
-	if options.ConsoleFD >= 0 {
+	if first {
 		log.mark("boot", time.Now())
-		k.awaiting = true
-		go k.awaitConsole()
 	} else {
 		log.mark("console attached again", time.Now())
 	}
-	done := make(chan struct{})
-	defer close(done)
-	go k.followAgent(done)
-	k.untilEnd(stop)
+	if options.VM {
+		return keepVM(options, times, log, ports, stop)
+	}
+	keepContainer(options, times, log, ports, stop)
 	return nil
 }
 
@@ -203,182 +213,4 @@ func takeLock(path string, patience time.Duration) (*os.File, error) {
 			return nil, nil
 		}
 	}
-}
-
-// untilEnd waits for what ends a keeper: a signal; the machine's process 1; or, when there never was one, that nobody
-// listens at the agent's socket and the console is gone: the start has failed.
-func (k *keeper) untilEnd(stop <-chan os.Signal) {
-	var ended <-chan struct{}
-	if k.options.PID > 0 {
-		ended = watchProcess(k.options.PID)
-	}
-	for {
-		if ended == nil {
-			ended = watchRecorded(filepath.Join(k.options.Dir, "container.json"))
-		}
-		var look <-chan time.Time
-		if wait, possible := k.endsIn(); ended == nil && possible {
-			if wait <= 0 {
-				return
-			}
-			look = time.After(wait)
-		}
-		select {
-		case <-stop:
-			return
-		case <-ended:
-			k.drain()
-			return
-		case <-k.changed:
-		case <-look:
-		}
-	}
-}
-
-// endsIn says how long nothing must happen until the start counts as failed; possible is false while something lives.
-// The agent's socket listens before the keeper is started, so a console that may still come needs no patience.
-func (k *keeper) endsIn() (wait time.Duration, possible bool) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.connected || !k.console.gone() {
-		return 0, false
-	}
-	return time.Until(k.lastAlive.Add(k.times.grace)), true
-}
-
-// drain lets the console's last words into the log.
-func (k *keeper) drain() {
-	for deadline := time.Now().Add(k.times.drain); time.Now().Before(deadline); {
-		k.console.keepOpen(false) // each time: the console may have come only now
-		k.mu.Lock()
-		awaiting := k.awaiting
-		k.mu.Unlock()
-		if !awaiting && k.console.gone() {
-			return
-		}
-		select {
-		case <-k.changed:
-		case <-time.After(20 * time.Millisecond):
-		}
-	}
-}
-
-func (k *keeper) awaitConsole() {
-	master, err := receiveConsole(k.options.ConsoleFD, k.times.console)
-	k.mu.Lock()
-	k.awaiting = false
-	k.mu.Unlock()
-	if err != nil {
-		fmt.Fprintf(os.Stderr, "berth-agent keeper: no console: %s\n", err)
-		wake(k.console.lost) // to ask the agent, if the machine runs all the same
-	} else {
-		k.console.attach(master)
-	}
-	wake(k.changed)
-}
-
-// followAgent connects to the agent again and again: a machine outlives its agent, and a repaired one has a new one.
-func (k *keeper) followAgent(done <-chan struct{}) {
-	wait := k.times.retryMin
-	for {
-		socket, err := wire.DialUnix(filepath.Join(k.options.Dir, "agent.sock"))
-		if err == nil {
-			k.setConnected(true)
-			if k.serve(socket, done) {
-				wait = k.times.retryMin
-			}
-			k.setConnected(false)
-		} else {
-			k.console.keepOpen(false)
-		}
-		select {
-		case <-done:
-			return
-		case <-time.After(wait):
-		}
-		wait = min(2*wait, k.times.retryMax)
-	}
-}
-
-func (k *keeper) setConnected(connected bool) {
-	k.mu.Lock()
-	k.connected, k.lastAlive = connected, time.Now()
-	k.mu.Unlock()
-	k.console.keepOpen(connected)
-	wake(k.changed)
-}
-
-// serve works over one connection until it ends, and tells whether the agent ever greeted. A machine that is starting
-// answers late: its socket is there before it, and the connection waits in its queue.
-func (k *keeper) serve(socket *wire.Socket, done <-chan struct{}) bool {
-	socket.WantFile()
-	conn := wire.NewConn(socket, wire.Options{Side: wire.Host, Version: k.options.Version, Role: "keeper", MaxStreams: maxServices})
-	defer conn.Close()
-	var others sync.WaitGroup
-	defer others.Wait()
-	defer conn.Close() // before the wait
-	others.Go(func() {
-		select {
-		case <-done:
-			conn.Close()
-		case <-conn.Done():
-		}
-	})
-	if _, err := conn.WaitHello(0); err != nil {
-		return false
-	}
-	others.Go(func() { serveGuest(conn, filepath.Join(k.options.Dir, "ssh-agent")) })
-	if k.ports != nil {
-		others.Go(func() { k.ports.follow(conn) })
-	}
-	settled := time.AfterFunc(settleAfter, memory.GiveBack) // when the start is behind it
-	defer settled.Stop()
-	k.mendConsole(conn, socket)
-	return true
-}
-
-// mendConsole asks the agent for a new console whenever there is none, until the connection ends.
-func (k *keeper) mendConsole(conn *wire.Conn, socket *wire.Socket) {
-	for {
-		k.mu.Lock()
-		missing := !k.awaiting && k.console.missing()
-		k.mu.Unlock()
-		if missing {
-			if master, err := askConsole(conn, socket); err == nil {
-				k.console.attach(master)
-			}
-		}
-		select {
-		case <-conn.Done():
-			return
-		case <-k.console.lost:
-		}
-		// A guest that breaks its console over and over costs no more than this.
-		select {
-		case <-conn.Done():
-			return
-		case <-time.After(k.times.ask):
-		}
-	}
-}
-
-func askConsole(conn *wire.Conn, socket *wire.Socket) (*os.File, error) {
-	stream, err := conn.Open(wire.Plain{Type: wire.TypeConsole})
-	if err != nil {
-		return nil, err
-	}
-	message, err := stream.ReadMessage(consoleAnswer)
-	if err != nil {
-		stream.Drop()
-		return nil, err
-	}
-	master := socket.TakeFile()
-	if master == nil {
-		return nil, errors.New("the agent gave no console")
-	}
-	if message.Type != wire.TypeResult {
-		master.Close()
-		return nil, errors.New("the agent refused to give a console")
-	}
-	return asMaster(master)
 }

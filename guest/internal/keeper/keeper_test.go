@@ -30,9 +30,14 @@ var quick = times{
 	retryMin: 5 * time.Millisecond,
 	retryMax: 20 * time.Millisecond,
 	ask:      10 * time.Millisecond,
+	look:     10 * time.Millisecond,
+	breath:   5 * time.Millisecond,
+	clock:    10 * time.Millisecond,
+	begin:    soon,
+	answer:   soon,
 }
 
-func eventually(t *testing.T, what string, ok func() bool) {
+func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(soon); !ok(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(deadline) {
@@ -72,20 +77,25 @@ func write(t *testing.T, path, text string) {
 
 // started is a keeper that runs in this process.
 type started struct {
-	t      *testing.T
+	t      testing.TB
 	dir    string
 	stop   chan os.Signal
 	result chan error
 }
 
-func start(t *testing.T, dir string, change func(*Options)) *started {
+func start(t testing.TB, dir string, change func(*Options)) *started {
 	t.Helper()
-	options := Options{Dir: dir, Log: dir + "/console.log", ConsoleFD: -1, Version: "test"}
+	return startWith(t, dir, quick, change)
+}
+
+func startWith(t testing.TB, dir string, times times, change func(*Options)) *started {
+	t.Helper()
+	options := Options{Dir: dir, Log: dir + "/console.log", ConsoleFD: -1, AgentFD: -1, Version: "test"}
 	if change != nil {
 		change(&options)
 	}
 	s := &started{t: t, dir: dir, stop: make(chan os.Signal, 1), result: make(chan error, 1)}
-	go func() { s.result <- run(options, quick, s.stop) }()
+	go func() { s.result <- run(options, times, s.stop) }()
 	t.Cleanup(func() {
 		select {
 		case s.stop <- syscall.SIGTERM:

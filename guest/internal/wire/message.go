@@ -34,6 +34,7 @@ const (
 	TypeConsole   = "console"
 	TypeClock     = "clock"
 	TypeOpen      = "open"
+	TypeConnect   = "connect"
 )
 
 // The codes of `error` and `fatal`.

@@ -247,6 +247,9 @@ func (l *Listener) Accept() (*Socket, error) {
 	}
 }
 
+// SetDeadline ends an Accept at a time (os.ErrDeadlineExceeded); the zero time: never.
+func (l *Listener) SetDeadline(at time.Time) error { return l.socket.SetReadDeadline(at) }
+
 // Close ends it; who waits in Accept gets os.ErrClosed.
 func (l *Listener) Close() error { return l.socket.Close() }
 

@@ -152,9 +152,16 @@ func (s *Stream) receiveMessage(message Message) error {
 		return broken("too many messages that nobody takes")
 	}
 	s.mutex.Lock()
-	s.messages = append(s.messages, message.copy())
-	s.changed.Broadcast()
+	ended := s.err != nil
+	if !ended {
+		s.messages = append(s.messages, message.copy())
+		s.changed.Broadcast()
+	}
 	s.mutex.Unlock()
+	if ended { // nobody would take it
+		s.conn.charge(-len(message.Raw))
+		return nil
+	}
 	if isFinal(message.Type) {
 		s.conn.forget(s)
 		s.end(ErrEnded)

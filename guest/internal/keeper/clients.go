@@ -1,0 +1,138 @@
+package keeper
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"berth.dev/guest/internal/channel"
+	"berth.dev/guest/internal/wire"
+)
+
+const (
+	// maxClients is how many clients of agent.sock are carried at once; more wait in its queue.
+	maxClients = 512
+	// helloTime is how long an agent that has answered the line may take to greet.
+	helloTime = 30 * time.Second
+	// young is how long after its start an agent is believed to be the one that QEMU has just told of.
+	young = 2 * time.Second
+)
+
+// agentConn is the connection to the agent over the channel.
+type agentConn struct {
+	*wire.Conn
+	since time.Time
+}
+
+// serveChannel makes one connection with the agent of a VM and works over it until it ends. It says how long to wait
+// before the next attempt: a guest that breaks connection after connection is to cost little.
+func (k *vmKeeper) serveChannel(socket *wire.Socket) time.Duration {
+	stream, err := channel.Dial(socket, channel.Wait(k.failed))
+	if err != nil {
+		k.failed++
+		if errors.Is(err, channel.ErrFlood) {
+			return channel.Wait(k.failed)
+		}
+		return k.times.breath
+	}
+	began := time.Now()
+	conn := wire.NewConn(stream, wire.Options{Side: wire.Host, Version: k.options.Version, Role: "keeper", MaxStreams: maxServices})
+	defer conn.Close()
+	if _, err := conn.WaitHello(helloTime); err == nil {
+		k.serve(&agentConn{conn, began})
+	}
+	if k.failed++; time.Since(began) > young {
+		k.failed = 0
+	}
+	return min(k.times.retryMin<<min(k.failed, 10), k.times.retryMax)
+}
+
+// serve works over a connection whose agent has greeted.
+func (k *vmKeeper) serve(conn *agentConn) {
+	k.setChannel(conn)
+	defer k.setChannel(nil)
+	var others sync.WaitGroup
+	defer others.Wait()
+	defer conn.Close() // before the wait
+	others.Go(func() { serveGuest(conn.Conn, filepath.Join(k.options.Dir, "ssh-agent")) })
+	others.Go(func() { k.keepClock(conn.Conn) })
+	others.Go(func() { k.acceptClients(conn.Conn) })
+	if k.ports != nil {
+		others.Go(func() { k.ports.follow(conn.Conn) })
+	}
+	<-conn.Done()
+}
+
+func (k *vmKeeper) setChannel(conn *agentConn) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.channel = conn
+}
+
+// portChanged takes what QEMU tells of the agent: it has closed its port, or another one opened it.
+func (k *vmKeeper) portChanged(open bool) {
+	k.mu.Lock()
+	conn := k.channel
+	k.mu.Unlock()
+	switch {
+	case conn == nil:
+	case !open:
+		conn.Close()
+	case time.Since(conn.since) > young:
+		wake(k.doubt)
+	}
+}
+
+// acceptClients carries clients until the connection to the agent ends. Those that come while there is none wait in
+// the socket's queue, as do those beyond maxClients.
+func (k *vmKeeper) acceptClients(conn *wire.Conn) {
+	_ = k.clients.SetDeadline(time.Time{})
+	finished := make(chan struct{})
+	defer close(finished)
+	go func() {
+		select {
+		case <-conn.Done():
+			_ = k.clients.SetDeadline(time.Unix(1, 0))
+		case <-finished:
+		}
+	}()
+	for {
+		select {
+		case k.slots <- struct{}{}:
+		case <-conn.Done():
+			return
+		}
+		client, err := k.clients.Accept()
+		if err == nil {
+			go k.carry(conn, client)
+			continue
+		}
+		<-k.slots
+		if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, os.ErrClosed) {
+			return
+		}
+		select { // out of descriptors: it passes
+		case <-conn.Done():
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+// carry joins one client with the agent. The client's bytes wait for no answer: when the agent refuses, the stream ends.
+func (k *vmKeeper) carry(conn *wire.Conn, client *wire.Socket) {
+	k.settled.begin()
+	defer func() { <-k.slots; k.settled.end() }()
+	stream, err := conn.Open(wire.Plain{Type: wire.TypeConnect})
+	if err != nil {
+		client.Close()
+		return
+	}
+	go func() {
+		if _, err := stream.ReadMessage(k.times.begin); errors.Is(err, os.ErrDeadlineExceeded) {
+			wake(k.doubt)
+		}
+	}()
+	relay(stream, client)
+}
