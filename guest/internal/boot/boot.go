@@ -1,6 +1,7 @@
 // Package boot is `agent boot`, the first program of a container's process 1: it reads the boot document, writes the
 // files that depend on the machine, makes the twin, starts `agent serve` and becomes the image's init. All of it is
 // on the way of every start, so it is to cost milliseconds. It also owns the boot document (docs/protocol.md).
+// In a VM package vmboot does what comes before, in the initramfs, and calls Become.
 package boot
 
 import (
@@ -11,6 +12,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -22,7 +24,6 @@ const (
 	defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 	// notifyVariable tells `agent serve` which descriptor is the socket behind the init's NOTIFY_SOCKET.
 	notifyVariable = "BERTH_NOTIFY_FD"
-	notifyFD       = ListenFD + 1
 
 	exitFailed  = 1
 	exitNotInit = 127
@@ -41,6 +42,12 @@ func Main() int {
 	if err != nil {
 		return fail(exitFailed, err)
 	}
+	return Become(doc)
+}
+
+// Become makes process 1 of a guest whose file systems are in place into its init. It returns only when there is no
+// init to become, or when the init that we are for an image without one was told to end, with the exit status.
+func Become(doc *Document) int {
 	if doc.Hostname != "" {
 		// The host has set it already where it may; in a VM nobody has.
 		_ = syscall.Sethostname([]byte(doc.Hostname))
@@ -58,7 +65,7 @@ func Main() int {
 	if err != nil {
 		say(fmt.Errorf("no notify socket: %w", err)) // the state is asked for instead
 	}
-	if err := startServe(doc, notify); err != nil {
+	if err := startAgent(doc, notify); err != nil {
 		return fail(exitFailed, fmt.Errorf("can't start the agent: %w", err))
 	}
 	if len(doc.Init) == 0 {
@@ -69,7 +76,11 @@ func Main() int {
 
 // becomeInit returns only if it failed.
 func becomeInit(doc *Document, init *initsys.Init, notifyName string) int {
-	env := initEnv(os.Environ(), doc.Env, init.ContainerEnv(), notifyName)
+	inherited, container := os.Environ(), init.ContainerEnv()
+	if doc.VM != nil {
+		inherited, container = []string{"HOME=/"}, "" // the kernel's, without its TERM=linux and what it did not know
+	}
+	env := initEnv(inherited, doc.Env, container, notifyName)
 	path := lookUp(doc.Init[0], env)
 	err := syscall.Exec(path, doc.Init, env)
 	if errors.Is(err, syscall.ENOENT) {
@@ -88,7 +99,9 @@ func initEnv(inherited, own []string, container, notifyName string) []string {
 	// answers to its questions, a third of a second in every start.
 	env.set("TERM=dumb")
 	env.setAll(inherited)
-	env.set("container=" + container)
+	if container != "" {
+		env.set("container=" + container)
+	}
 	env.setAll(own)
 	if notifyName != "" {
 		env.set("NOTIFY_SOCKET=@" + notifyName)
@@ -166,32 +179,40 @@ func notifySocket() (fd int, name string, err error) {
 	return fd, name, nil
 }
 
-// startServe starts this program again as `agent serve`, with the listening socket, the notify socket and no other
-// descriptor, in a session of its own.
-func startServe(doc *Document, notify int) error {
+// startAgent starts this program again with no other descriptor than it needs, in a session of its own: as `agent
+// serve` with the listening socket, in a VM as `agent guard`. The notify socket comes last.
+func startAgent(doc *Document, notify int) error {
 	null, err := syscall.Open("/dev/null", syscall.O_RDWR|syscall.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("/dev/null: %w", err)
 	}
 	defer syscall.Close(null)
-	fds := []uintptr{uintptr(null), uintptr(null), uintptr(null), ListenFD}
+	role, fds := "guard", []uintptr{uintptr(null), uintptr(null), uintptr(null)}
+	if doc.VM == nil {
+		role, fds = "serve", append(fds, ListenFD)
+	}
 	env := newEnvironment()
 	env.set("PATH=" + defaultPath)
 	env.setAll(doc.Env)
 	if notify >= 0 {
+		env.list = GiveNotifySocket(env.list, len(fds))
 		fds = append(fds, uintptr(notify))
-		env.set(notifyVariable + "=" + strconv.Itoa(notifyFD))
 	}
 	attr := &syscall.ProcAttr{Dir: "/", Env: env.list, Files: fds, Sys: &syscall.SysProcAttr{Setsid: true}}
-	_, err = syscall.ForkExec("/proc/self/exe", []string{"berth-agent", "serve"}, attr)
+	_, err = syscall.ForkExec("/proc/self/exe", []string{"berth-agent", role}, attr)
 	if notify >= 0 {
 		syscall.Close(notify)
 	}
 	return err
 }
 
-// TakeNotifySocket gives `agent serve` the socket that `agent boot` bound, or nil. Once: the variable is gone then, so
-// no command inherits it.
+// GiveNotifySocket adds to an environment that the notify socket is descriptor fd.
+func GiveNotifySocket(env []string, fd int) []string {
+	return append(slices.Clone(env), notifyVariable+"="+strconv.Itoa(fd))
+}
+
+// TakeNotifySocket gives `agent serve` the socket that was bound for it before the init started, or nil. Once: the
+// variable is gone then, so no command inherits it.
 func TakeNotifySocket() *os.File {
 	text := os.Getenv(notifyVariable)
 	os.Unsetenv(notifyVariable)

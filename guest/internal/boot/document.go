@@ -12,7 +12,7 @@ import (
 )
 
 const (
-	// DocumentPath is where the host puts the boot document of a container.
+	// DocumentPath is where the host puts the boot document of a container, and the initramfs's stage that of a VM.
 	DocumentPath = "/run/berth/boot.json"
 	// ListenFD is where the host hands over the agent's listening socket.
 	ListenFD = 3
@@ -34,6 +34,8 @@ type Document struct {
 	Env      []string   `json:"env"`
 	// Init is the argv of the image's init; empty when it has none.
 	Init []string `json:"init"`
+	// VM is nil in a container.
+	VM *VM `json:"vm"`
 }
 
 // Parse reads a boot document. Members it does not know are ignored: a newer host may send more.
@@ -71,6 +73,11 @@ func (d *Document) check() error {
 	if len(d.Init) > 0 && d.Init[0] == "" {
 		return errors.New("init has no program")
 	}
+	if d.VM != nil {
+		if err := d.VM.check(); err != nil {
+			return err
+		}
+	}
 	if d.Twin != nil {
 		return d.Twin.Check()
 	}
@@ -79,6 +86,15 @@ func (d *Document) check() error {
 
 // Load reads the boot document at path.
 func Load(path string) (*Document, error) {
+	data, err := Read(path)
+	if err != nil {
+		return nil, err
+	}
+	return Parse(data)
+}
+
+// Read gives the text of the boot document at path.
+func Read(path string) ([]byte, error) {
 	file, err := os.Open(path)
 	if err != nil {
 		return nil, fmt.Errorf("no boot document: %w", err)
@@ -91,5 +107,5 @@ func Load(path string) (*Document, error) {
 	if len(data) > maxDocument {
 		return nil, fmt.Errorf("the boot document %s is longer than %d bytes", path, maxDocument)
 	}
-	return Parse(data)
+	return data, nil
 }
