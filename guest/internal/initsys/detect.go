@@ -26,6 +26,8 @@ const (
 type Init struct {
 	System  string
 	Program string
+	// VM: the init's power off must be the kernel's.
+	VM bool
 
 	root    string   // "" in a guest; a directory in tests
 	actions []string // the first words of what process 1 runs and waits for, by /etc/inittab

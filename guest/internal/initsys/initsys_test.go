@@ -288,3 +288,17 @@ func TestNotifyIsNotForged(t *testing.T) {
 		t.Error(got)
 	}
 }
+
+func TestCatches(t *testing.T) {
+	path := t.TempDir() + "/status"
+	// SIGTERM is 15: bit 14.
+	if err := os.WriteFile(path, []byte("Name:\tx\nSigIgn:\t0000000000004000\nSigCgt:\t0000000000004002\nCapInh:\t0\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if !catches(path, syscall.SIGTERM) || !catches(path, syscall.SIGINT) || catches(path, syscall.SIGHUP) {
+		t.Error("the mask is read wrongly")
+	}
+	if catches(path+".none", syscall.SIGTERM) {
+		t.Error("nobody catches nothing")
+	}
+}

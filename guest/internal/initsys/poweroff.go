@@ -46,6 +46,10 @@ func (i *Init) powerOff() error {
 	case Busybox:
 		return signalInit(syscall.SIGUSR2) // Source: busybox, init/init.c: HUP reload, USR1 halt, USR2 power off
 	}
+	if i.VM && i.Program == Other {
+		go endUnknown()
+		return nil
+	}
 	// Our own process 1; and whatever else runs as one (tini, dumb-init, a script) is used to what docker sends.
 	return signalInit(syscall.SIGTERM)
 }
