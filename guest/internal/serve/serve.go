@@ -7,6 +7,7 @@ package serve
 import (
 	"context"
 	"errors"
+	"io"
 	"os"
 	"runtime/debug"
 	"slices"
@@ -46,16 +47,22 @@ type Server struct {
 	config  exec.Config
 
 	mutex   sync.Mutex
-	clients map[*wire.Conn]bool // true for a keeper that has said hello
-	keepers []*wire.Conn        // the newest last
-	active  int                 // commands and dialled connections
+	clients map[*wire.Conn]*client
+	keepers []*wire.Conn // the newest last
+	active  int          // commands and dialled connections
 	idle    *time.Timer
+}
+
+// client is what is known of a connection.
+type client struct {
+	keeper  bool // it has said so in its hello
+	channel bool // it is the channel of a VM, not one of those that come through it
 }
 
 // New makes a server. config.Twin is filled in.
 func New(guest Guest, version string, config exec.Config) *Server {
 	config.Twin = guest.TwinState
-	s := &Server{guest: guest, version: version, config: config, clients: map[*wire.Conn]bool{}}
+	s := &Server{guest: guest, version: version, config: config, clients: map[*wire.Conn]*client{}}
 	s.idle = time.AfterFunc(time.Hour, s.giveMemoryBack)
 	return s
 }
@@ -83,21 +90,32 @@ func isPassing(err error) bool {
 	return errors.As(err, &errno) && errno != syscall.EBADF && errno != syscall.EINVAL && errno != syscall.ENOTSOCK
 }
 
-func (s *Server) admit(socket *wire.Socket) {
+// admit takes a connection over and serves it, unless there are too many.
+func (s *Server) admit(rw io.ReadWriteCloser) {
 	s.mutex.Lock()
 	full := len(s.clients) >= maxConnections
 	if !full {
-		conn := wire.NewConn(socket, wire.Options{Side: wire.Guest, Version: s.version, InitState: s.guest.InitState})
-		s.clients[conn] = false
+		conn := s.newConn(rw)
+		s.clients[conn] = &client{}
 		go s.attend(conn)
 	}
 	s.mutex.Unlock()
 	if full {
-		fatal := wire.Error{Type: wire.TypeFatal, Code: wire.CodeBusy, Message: "too many connections to the agent are open"}
-		_ = socket.SetWriteDeadline(time.Now().Add(time.Second))
-		_, _ = socket.Write(wire.AppendFrame(nil, 0, wire.KindMessage, wire.Encode(fatal)))
-		_ = socket.Close()
+		sayBusy(rw)
 	}
+}
+
+func (s *Server) newConn(rw io.ReadWriteCloser) *wire.Conn {
+	return wire.NewConn(rw, wire.Options{Side: wire.Guest, Version: s.version, InitState: s.guest.InitState})
+}
+
+func sayBusy(rw io.ReadWriteCloser) {
+	fatal := wire.Error{Type: wire.TypeFatal, Code: wire.CodeBusy, Message: "too many connections to the agent are open"}
+	if limited, ok := rw.(interface{ SetWriteDeadline(time.Time) error }); ok {
+		_ = limited.SetWriteDeadline(time.Now().Add(time.Second))
+	}
+	_, _ = rw.Write(wire.AppendFrame(nil, 0, wire.KindMessage, wire.Encode(fatal)))
+	_ = rw.Close()
 }
 
 // attend serves one connection until its end.
@@ -125,7 +143,7 @@ func (s *Server) attend(conn *wire.Conn) {
 func (s *Server) addKeeper(conn *wire.Conn) {
 	s.mutex.Lock()
 	defer s.mutex.Unlock()
-	s.clients[conn] = true
+	s.clients[conn].keeper = true
 	s.keepers = append(s.keepers, conn)
 }
 
