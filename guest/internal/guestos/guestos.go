@@ -19,6 +19,7 @@ import (
 	"berth.dev/guest/internal/netwatch"
 	"berth.dev/guest/internal/sshagent"
 	"berth.dev/guest/internal/twin"
+	"berth.dev/guest/internal/upkeep"
 )
 
 const (
@@ -33,7 +34,8 @@ type Guest struct {
 	doc     *boot.Document
 	init    *initsys.Init
 	tracker *initsys.Tracker
-	ready   chan struct{} // closed when the twin has been made, or could not be
+	upkeep  *upkeep.Keeper // nil in a container, whose memory and disk are the host's
+	ready   chan struct{}  // closed when the twin has been made, or could not be
 
 	mu    sync.Mutex
 	twin  string
@@ -45,6 +47,7 @@ type Guest struct {
 func New(doc *boot.Document) *Guest {
 	ctx := context.Background()
 	init := initsys.Detect("", doc.Init)
+	init.VM = doc.VM != nil
 	g := &Guest{
 		doc:     doc,
 		init:    init,
@@ -52,12 +55,31 @@ func New(doc *boot.Document) *Guest {
 		ready:   make(chan struct{}),
 		twin:    twinPending,
 	}
+	if init.VM {
+		g.upkeep = upkeep.Start(sayOnConsole)
+	}
 	if doc.Twin != nil && twin.ScriptPending("", doc.Instance, *doc.Twin) {
 		go func() { g.settleTwin(g.runScript(ctx)) }()
 		return g
 	}
 	g.settleTwin(nil)
 	return g
+}
+
+func sayOnConsole(err error) {
+	if console := openConsole(); console != nil {
+		defer console.Close()
+		fmt.Fprintf(console, "berth: %s\n", err)
+	}
+}
+
+// openConsole gives nil when there is none.
+func openConsole() *os.File {
+	console, err := os.OpenFile(consolePath, os.O_WRONLY|syscall.O_NOCTTY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil
+	}
+	return console
 }
 
 // settleTwin makes the twin if it is still not there, and says how it came out; err is why the image's script failed.
@@ -83,15 +105,15 @@ func (g *Guest) runScript(ctx context.Context) error {
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
-	console, err := os.OpenFile(consolePath, os.O_WRONLY|syscall.O_NOCTTY|syscall.O_NONBLOCK, 0)
-	if err == nil {
+	console := openConsole()
+	if console != nil {
 		defer console.Close()
 	}
 	machine := g.doc.Hostname
 	if machine == "" {
 		machine = g.doc.Instance
 	}
-	err = twin.RunScript(ctx, g.doc.Instance, machine, *g.doc.Twin, g.doc.Env, console)
+	err := twin.RunScript(ctx, g.doc.Instance, machine, *g.doc.Twin, g.doc.Env, console)
 	if err != nil && console != nil {
 		fmt.Fprintf(console, "berth: %s; making the user %s without it\n", err, g.doc.Twin.Name)
 	}
@@ -108,7 +130,12 @@ func (g *Guest) WaitInit(ctx context.Context) string { return g.tracker.Wait(ctx
 func (g *Guest) System() string { return g.init.System }
 
 // PowerOff returns when the init has been asked to power off.
-func (g *Guest) PowerOff() error { return g.tracker.PowerOff() }
+func (g *Guest) PowerOff() error {
+	if g.upkeep != nil {
+		g.upkeep.BeforePowerOff()
+	}
+	return g.tracker.PowerOff()
+}
 
 // Listeners sends the TCP ports that listen at once and at each change, until ctx ends and the channel is closed.
 func (g *Guest) Listeners(ctx context.Context) <-chan []int { return netwatch.Watch(ctx) }
@@ -155,6 +182,9 @@ func (g *Guest) ForwardSSHAgent(open sshagent.Opener) error {
 
 // NewConsole makes a pseudo-terminal the guest's /dev/console, in place of the one before, and gives its master.
 func (g *Guest) NewConsole() (*os.File, error) {
+	if g.doc.VM != nil {
+		return nil, fmt.Errorf("the console of a VM is a device of its own: %w", errors.ErrUnsupported)
+	}
 	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|syscall.O_NOCTTY|syscall.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, err
