@@ -1,5 +1,6 @@
 // Command berth-agent is the one program that berth brings into a machine, and the small one that stays beside it on the
-// host: `boot` and `serve` in the guest, `keeper` and `pause` on the host (docs/internals.md).
+// host: `boot` and `serve` in the guest, and in a VM /init and `guard`; `keeper` and `pause` on the host
+// (docs/internals.md).
 package main
 
 import (
@@ -12,11 +13,13 @@ import (
 	"time"
 
 	"berth.dev/guest/internal/boot"
+	"berth.dev/guest/internal/channel"
 	"berth.dev/guest/internal/exec"
 	"berth.dev/guest/internal/guestos"
 	"berth.dev/guest/internal/keeper"
 	"berth.dev/guest/internal/pause"
 	"berth.dev/guest/internal/serve"
+	"berth.dev/guest/internal/vmboot"
 	"berth.dev/guest/internal/wire"
 )
 
@@ -31,6 +34,9 @@ const (
 )
 
 func main() {
+	if vmboot.IsInit() { // whatever the kernel adds to its arguments
+		vmboot.Main()
+	}
 	if len(os.Args) < 2 {
 		os.Exit(usage())
 	}
@@ -39,6 +45,8 @@ func main() {
 		os.Exit(boot.Main())
 	case "serve":
 		os.Exit(runServe())
+	case "guard":
+		os.Exit(vmboot.Guard())
 	case "keeper":
 		os.Exit(keeper.Main(os.Args[2:], version))
 	case "pause":
@@ -51,13 +59,14 @@ func main() {
 }
 
 func usage() int {
-	complain("usage: berth-agent boot|serve|keeper|pause|version")
+	complain("usage: berth-agent boot|serve|guard|keeper|pause|version")
 	return exitUsage
 }
 
 func complain(text string) { _, _ = os.Stderr.WriteString("berth-agent: " + text + "\n") }
 
-// runServe is the agent proper. It answers on the listening socket that is descriptor 3 until the machine goes down.
+// runServe is the agent proper, until the machine goes down: it answers on the listening socket that is descriptor 3,
+// in a VM on the channel.
 func runServe() int {
 	beModest()
 	isolate()
@@ -65,11 +74,6 @@ func runServe() int {
 	if err != nil {
 		complain(err.Error())
 		doc = &boot.Document{} // root can still be served
-	}
-	listener, err := wire.NewListener(boot.ListenFD)
-	if err != nil {
-		complain(err.Error())
-		return exitFailed
 	}
 	config := exec.Config{User: "root", Env: doc.Env}
 	if doc.Twin != nil {
@@ -80,7 +84,21 @@ func runServe() int {
 	if err := guest.ForwardSSHAgent(server.OpenToKeeper); err != nil {
 		complain("the SSH agent is not forwarded: " + err.Error())
 	}
-	stopAtShutdown(server, listener)
+	if doc.VM != nil {
+		stopAtShutdown(server, func() {}) // who comes now is served until we end
+		complain(channel.Serve(vmboot.OpenPort, server.Attend).Error())
+		return exitFailed
+	}
+	return serveContainer(server)
+}
+
+func serveContainer(server *serve.Server) int {
+	listener, err := wire.NewListener(boot.ListenFD)
+	if err != nil {
+		complain(err.Error())
+		return exitFailed
+	}
+	stopAtShutdown(server, func() { _ = listener.Close() })
 	if err := server.Serve(listener); err != nil {
 		complain(err.Error())
 		return exitFailed
@@ -109,7 +127,7 @@ func isolate() {
 
 // stopAtShutdown ends the agent at SIGTERM, which an init sends to everybody when the machine goes down, and which it
 // waits for. The commands get it as well: whoever waits for them is still told how they ended.
-func stopAtShutdown(server *serve.Server, listener *wire.Listener) {
+func stopAtShutdown(server *serve.Server, admitNobody func()) {
 	signals := make(chan os.Signal, 4)
 	// SIGHUP and SIGINT mean nothing here; but had the starter ignored them, so would every command.
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGINT)
@@ -118,7 +136,7 @@ func stopAtShutdown(server *serve.Server, listener *wire.Listener) {
 			if received != syscall.SIGTERM {
 				continue
 			}
-			_ = listener.Close()
+			admitNobody()
 			for end := time.Now().Add(farewell); server.Busy() && time.Now().Before(end); {
 				time.Sleep(10 * time.Millisecond)
 			}

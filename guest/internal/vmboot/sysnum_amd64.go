@@ -1,0 +1,3 @@
+package vmboot
+
+const sysFinitModule = 313 // Source: asm/unistd_64.h

@@ -1,0 +1,3 @@
+package vmboot
+
+const sysFinitModule = 273 // Source: asm-generic/unistd.h
