@@ -69,6 +69,7 @@ SYSTEM = (
     Entry("system stop", "system", "stop the machines marked autostart"),
     Entry("system status", "system", "show the machines marked autostart"),
     Entry("system autostart", "system", "start them with the login or the host, or no longer"),
+    Entry("system kernel", "system", "show, fetch and choose the kernels that VMs boot"),
     Entry("completion", "completion", "print the completion script for a shell"),
 )
 HIDDEN = (Entry("__complete", "completion", "say how a command line may go on"),)

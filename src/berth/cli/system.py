@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING
 
-from berth.cli import common, progress
+from berth.cli import common, kernel, progress
 from berth.cli.main import say, show_error
 from berth.cli.output import emit, emit_json, emit_table
 from berth.cli.parser import Handler, Parser, add_format
@@ -216,4 +216,5 @@ COMMANDS = {
     "system stop": _stop,
     "system status": _status,
     "system autostart": _autostart,
+    "system kernel": kernel.configure,
 }

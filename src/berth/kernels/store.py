@@ -52,9 +52,11 @@ class StoreLock:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Problem:
-    """A directory that holds no usable kernel, and why."""
+    """A kernel that can't be used, and why; version and arch are what its directory is called."""
 
-    name: str
+    version: str
+    arch: str
+    path: Path
     error: BerthError
 
 
@@ -185,18 +187,20 @@ class Kernels:
         except FileNotFoundError:
             return
         for name in names:
-            if name.startswith((_CUSTOM, ".")) or name.endswith((_PARTIAL, _TRASH)):
-                continue
+            version, _, arch = name.rpartition("-")
+            if name.startswith(_CUSTOM) or arch not in ARCHITECTURES:
+                continue  # being made or removed, or nothing of ours
+            path = self._layout.kernels / name
             try:
-                kernel = record.load(self._layout.kernels / name)
-                if name != f"{kernel.version}-{kernel.arch}":
-                    raise StateFormatError(f"{self._layout.kernels / name} holds the kernel {kernel.version}")
+                kernel = record.load(path)
+                if (kernel.version, kernel.arch) != (version, arch):
+                    yield Problem(version, arch, path, StateFormatError(f"{path} holds another kernel"))
+                else:
+                    yield kernel
             except BerthError as error:
-                yield Problem(name, error)
+                yield Problem(version, arch, path, error)
             except OSError as error:
-                yield Problem(name, StateFormatError(f"{self._layout.kernels / name} can't be read: {error.strerror}"))
-            else:
-                yield kernel
+                yield Problem(version, arch, path, StateFormatError(f"{path} can't be read: {error.strerror}"))
 
     def _require(self, version: str, arch: str) -> Kernel:
         for kernel in self.list():
