@@ -223,12 +223,3 @@ def test_the_programs_are_what_their_machines_load() -> None:
     jump = firmware.index(b"\x66\xea")
     assert int.from_bytes(firmware[jump + 2 : jump + 6], "little") == 0xF0000 + jump + 8
     assert len(accel.guest_program("arm64")) % 4 == 0
-
-
-def test_qboot_is_looked_for_where_qemu_is_installed(tmp_path: Path) -> None:
-    program = tmp_path / "bin/qemu-system-x86_64"
-    rom = tmp_path / "share/qemu/qboot.rom"
-    for path in (program, rom):
-        path.parent.mkdir(parents=True)
-        path.touch()
-    assert accel.has_qboot(program)

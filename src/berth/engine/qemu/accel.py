@@ -93,13 +93,6 @@ def qemu_version(arch: str) -> str | None:
     return tool_version((str(require_qemu(arch)), "--version"))
 
 
-def has_qboot(program: Path) -> bool:
-    """Say whether this QEMU has qboot.rom, a firmware that only starts kernels; some distributions package it apart."""
-    prefix = program.resolve().parent.parent
-    folders = (prefix / "share/qemu", prefix / "share/qemu-firmware", Path("/usr/share/qemu"))
-    return any((folder / "qboot.rom").is_file() for folder in folders)
-
-
 def _emulated(reason: str, hint: str | None = None) -> Accelerator:
     return Accelerator("tcg", reason, hint, nested=False, nested_reason="VMs are emulated in software here")
 
@@ -284,9 +277,8 @@ def guest_program(arch: str) -> bytes:
 _AMD64_COUNT = 20_000_000
 _ARM64_COUNT = 4 << 20  # fewer: without an MMU memory is slow, and the instruction cache is only a wish
 _GOOD_STATUS = {"amd64": 0x21, "arm64": 0}
-_ARM64_LOAD = (
-    0x4100_0000  # Source: QEMU, docs/system/arm/virt.rst: RAM, with the device tree in it, begins at 0x40000000
-)
+# Source: QEMU, docs/system/arm/virt.rst: RAM begins at 0x40000000, with the device tree.
+_ARM64_LOAD = 0x4100_0000
 
 
 def _amd64_program() -> bytes:
