@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from berth.net.addresses import GUEST_INTERFACE, Address, plan_interface, plan_mac, port_prefix
-from berth.net.subnet import Subnet
+from berth.net.subnet import Subnet, format_ip
 
 # Where pasta answers DNS for the hub: link-local, so that no network of anyone's is hidden by it.
 FORWARDED_DNS = "169.254.1.1"
@@ -186,6 +186,27 @@ def pasta_command(holder: int, *, forward_dns: bool, pid_file: Path, log: Path) 
         "--no-map-gw", *(["--dns-forward", FORWARDED_DNS] if forward_dns else []),
         "--pid", str(pid_file), "--log-file", str(log),
     ]  # fmt: skip
+
+
+def passt_command(address: Address, *, fd: int, pid_file: Path | None, forward_dns: bool) -> list[str]:
+    """Say how to start the uplink of one VM. fd: a connected socket, whose other end is QEMU's.
+
+    The guest's address is static, so nothing is handed out. As with pasta, no port is forwarded either way, the
+    gateway's address is not the host's loopback, and DNS is forwarded only where nothing else reaches the resolver.
+    """
+    return [
+        "passt",
+        "--quiet", "--fd", str(fd), *(["--pid", str(pid_file)] if pid_file else []), "--ipv4-only",
+        "--address", address.ip, "--netmask", _netmask(address.prefix), "--gateway", address.gateway,
+        "--mac-addr", plan_mac(address.gateway),
+        "--no-map-gw", *(["--dns-forward", FORWARDED_DNS] if forward_dns else []),
+        "--no-dhcp", "--no-ndp", "--no-dhcpv6", "--no-ra",
+        "--tcp-ports", "none", "--udp-ports", "none",
+    ]  # fmt: skip
+
+
+def _netmask(prefix: int) -> str:
+    return format_ip(0xFFFFFFFF << 32 - prefix & 0xFFFFFFFF)
 
 
 def uplink_batch() -> str:
