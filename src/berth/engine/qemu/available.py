@@ -17,9 +17,10 @@ def why_no_vm(layout: Layout) -> str | None:
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return "this host has no hardware virtualization that this user may use"
     from berth.engine.qemu.accel import probe
-    from berth.engine.qemu.shares import find_virtiofsd
+    from berth.engine.qemu.plan import qemu_program
+    from berth.engine.qemu.virtiofsd import find_virtiofsd
 
-    for program in (f"qemu-system-{host.machine()}", "qemu-img", "mke2fs"):
+    for program in (qemu_program(host.architecture()), "qemu-img", "mke2fs"):
         if find_program(program) is None:
             return f"{program} is not installed"
     if find_virtiofsd() is None:
