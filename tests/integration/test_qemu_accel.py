@@ -127,7 +127,7 @@ def kernel(folder: Path, arch: str) -> None:
     """Write a kernel that is accepted and does nothing: the boot sector of a bzImage, the header of an Image."""
     head = bytearray(4096)
     if arch == "amd64":
-        # Source: kernel, Documentation/arch/x86/boot.rst: setup_sects, boot_flag, header, version, loadflags, initrd_addr_max.
+        # Source: kernel, Documentation/arch/x86/boot.rst: setup_sects to initrd_addr_max.
         head[0x1F1] = 1
         head[0x1FE:0x200] = b"\x55\xaa"
         head[0x202:0x206] = b"HdrS"
