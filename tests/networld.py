@@ -76,6 +76,18 @@ def start_vm(name):
     network.publish(layout, name, address, process.pid, tap=True)
     return {"address": address.to_json(), "pid": process.pid, "fd": fd}
 
+def start_alone(name):
+    from pathlib import Path
+    from berth.net import passt
+    from berth.proc import spawn
+    address = addresses.allocate(layout, name)
+    layout.runtime.mkdir(parents=True, exist_ok=True)
+    uplink = passt.open_uplink(address, Path(layout.runtime), "no TAP")
+    fd = uplink.socket.fileno()
+    process = spawn(["sleep", "1000"], pass_fds=[fd], new_session=True)
+    process.returncode = 0
+    return {"address": address.to_json(), "pid": process.pid, "fd": fd, "passt": uplink.process and uplink.process.pid}
+
 def stand_in():
     # A machine's namespaces: a user namespace below the hub's (or the host's) and a network of its own.
     from berth.proc import spawn
@@ -102,6 +114,7 @@ try:
         "ensure": lambda: ensure().to_json(),
         "start": lambda: start(request["name"], request["pid"]),
         "start_vm": lambda: start_vm(request["name"]),
+        "start_alone": lambda: start_alone(request["name"]),
         "stand_in": stand_in,
         "speed": speed,
         "withdraw": lambda: network.withdraw(layout, request["name"]),
@@ -178,9 +191,12 @@ class World:
         _wait(lambda: Path(f"/proc/{pid}/comm").read_text() == "sleep\n")
         return Address.from_json(self.do("start", name=name, pid=pid), where="worker"), pid
 
-    def vm(self, name: str) -> tuple[Address, int, int]:
-        """Attach a stand-in for a VM; return its address, who plays QEMU, and its descriptor of the TAP."""
-        answer = cast("dict[str, object]", self.do("start_vm", name=name))
+    def vm(self, name: str, *, alone: bool = False) -> tuple[Address, int, int]:
+        """Attach a stand-in for a VM; return its address, who plays QEMU, and its descriptor of the TAP.
+
+        alone: to a passt of its own; the descriptor is the socket's.
+        """
+        answer = cast("dict[str, object]", self.do("start_alone" if alone else "start_vm", name=name))
         pid = cast("int", answer["pid"])
         self.machines.append(pid)
         return Address.from_json(answer["address"], where="worker"), pid, cast("int", answer["fd"])

@@ -16,7 +16,7 @@ import pytest
 
 from berth import syscalls
 from berth.layout import Layout
-from berth.net.processes import Process, identify, network_namespace
+from berth.net.processes import Process, find_programs, identify, network_namespace
 from networld import World, make_world
 from ordinary import Ordinary
 
@@ -145,6 +145,25 @@ def test_no_tun_is_told_apart(scratch: Path, ordinary_user: Ordinary) -> None:
         with pytest.raises(RuntimeError, match="/dev/net/tun can't be opened: Permission denied"):
             world.do("start_vm", name="one")
         assert ports(world) == []
+
+
+def test_passt_answers_a_vm_that_has_no_tap_and_ends_with_it(scratch: Path, ordinary_user: Ordinary) -> None:
+    layout = _owned(scratch, ordinary_user)
+    with make_world(scratch, layout, ordinary_user, tun=False) as world:
+        one, pid, fd = world.vm("one", alone=True)
+        pid_file = str(layout.runtime / "passt.pid")  # it has gone; passt was told it, and is known by that
+        with guest(pid, fd) as stream:
+            # As QEMU does: each frame after its length, in four bytes.
+            own = bytes.fromhex(one.mac.replace(":", ""))
+            ask = struct.pack("!HHBBH", 1, 0x0800, 6, 4, 1) + own + socket.inet_aton(one.ip) + bytes(6)
+            frame = _EVERYBODY + own + b"\x08\x06" + ask + socket.inet_aton(one.gateway)
+            os.write(stream, struct.pack("!I", len(frame)) + frame)
+            assert select.select([stream], [], [], 5)[0]
+            assert socket.inet_aton(one.gateway) in os.read(stream, 65536)
+            assert len(find_programs("passt", pid_file)) == 1
+            os.kill(pid, signal.SIGKILL)
+        _until(lambda: find_programs("passt", pid_file) == [])
+        assert not Path(pid_file).exists()
 
 
 def ports(world: World) -> list[str]:
