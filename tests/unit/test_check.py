@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 
 from berth import check
-from berth.check import cgroups, kernel, packages, tools, users
+from berth.check import cgroups, kernel, packages, tools, users, vm
 from berth.check.model import Check, Place
-from berth.errors import BerthError
+from berth.engine.qemu import accel
+from berth.engine.qemu.accel import Accelerator
+from berth.engine.qemu.plan import qemu_program
+from berth.engine.qemu.virtiofsd import Virtiofsd
+from berth.errors import BerthError, UnsupportedError
 from berth.host import Host
 from berth.layout import Layout
 
@@ -116,7 +120,8 @@ def test_virtiofsd_moved(tmp_path: Path, distribution: str, version: str, packag
 def test_every_program_that_is_checked_has_a_package() -> None:
     listed = {row.program for row in packages.rows()}
     assert {tool.program for tool in tools._TOOLS} <= listed
-    assert set(tools._QEMU.values()) <= listed
+    programs = {qemu_program("amd64"), qemu_program("arm64"), "qemu-img", "mke2fs", "virtiofsd"}
+    assert programs <= listed
 
 
 def test_a_missing_tool(tmp_path: Path) -> None:
@@ -288,3 +293,81 @@ def test_fixes_are_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for fix in fixes:
         if fix:
             assert shlex.split(fix, comments=True)[0] in ("sudo", "echo")
+
+
+def accelerator(monkeypatch: pytest.MonkeyPatch, found: Accelerator | BerthError) -> None:
+    def probe(_layout: Layout, _arch: str, *, fresh: bool) -> Accelerator:
+        assert fresh
+        if isinstance(found, BerthError):
+            raise found
+        return found
+
+    monkeypatch.setattr(accel, "probe", probe)
+
+
+@pytest.mark.parametrize(
+    ("found", "uid", "status", "detail", "fix"),
+    [
+        (Accelerator("kvm", "KVM runs guest code"), 1000, "ok", "KVM runs guest code", None),
+        (Accelerator("tcg", "far too slowly"), 1000, "warning", "far too slowly", None),
+        (Accelerator("tcg", "may not open", "sudo usermod"), 1000, "missing", "may not open", "sudo usermod"),
+        (Accelerator("tcg", "may not open", "sudo usermod"), 0, "missing", "may not open", "usermod"),
+        (UnsupportedError("qemu is not installed"), 1000, "warning", "can't be tried: qemu is not installed", None),
+    ],
+)
+def test_kvm_is_judged_by_the_guest_that_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: Accelerator | BerthError, uid: int, status: str,
+    detail: str, fix: str | None,
+) -> None:  # fmt: skip
+    accelerator(monkeypatch, found)
+    entry = vm.check_kvm(place(tmp_path, uid))
+    assert (entry.status, entry.fix) == (status, fix)
+    assert detail in entry.detail
+    assert "emulated in software" in entry.affects
+
+
+@pytest.mark.parametrize(("text", "status"), [("Y", "ok"), ("N", "missing"), (None, "missing")])
+def test_nested_virtualization_and_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, status: str
+) -> None:
+    path = tmp_path / "nested"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr(accel.host, "architecture", lambda: "amd64")
+    monkeypatch.setattr(accel, "NESTED", (path,))
+    entry = vm.check_nested_virtualization(place(tmp_path))
+    assert entry.status == status
+    assert ("nested=1" in (entry.fix or "")) == (text == "N")
+
+
+@pytest.mark.parametrize(("kind", "word"), [("rust", "Rust"), ("c", "in C")])
+def test_which_virtiofsd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, word: str) -> None:
+    daemon = Virtiofsd(Path("/usr/libexec/virtiofsd"), kind, "1.13.2")  # type: ignore[arg-type]
+    monkeypatch.setattr(vm, "find_virtiofsd", lambda: daemon)
+    entry = vm.check_virtiofsd(place(tmp_path))
+    assert (entry.status, entry.version) == ("ok", "1.13.2")
+    assert word in entry.detail
+    monkeypatch.setattr(vm, "find_virtiofsd", lambda: None)
+    entry = vm.check_virtiofsd(place(tmp_path))
+    assert (entry.status, entry.fix) == ("missing", "sudo apt-get install qemu-system-common")
+
+
+@pytest.mark.parametrize(("version", "note"), [("1.46.5", True), ("1.47.0", False)])
+def test_an_old_mke2fs_is_good_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, note: bool
+) -> None:
+    found = Check("mke2fs", "ok", version, "/sbin/mke2fs", "disks", None)
+    monkeypatch.setattr(vm, "check_tool", lambda _tool, _place: found)
+    entry = vm.check_mke2fs(place(tmp_path))
+    assert entry.status == "ok"
+    assert ("faster" in entry.detail) == note
+
+
+def test_a_kernel_can_be_fetched(tmp_path: Path) -> None:
+    entry = vm.check_vm_kernel(place(tmp_path))
+    assert (entry.status, entry.fix) == ("missing", "berth system kernel fetch")
+
+
+def test_no_vms_on_other_processors(tmp_path: Path) -> None:
+    riscv = dataclasses.replace(host(), architecture="riscv64")
+    assert vm.check_qemu(place(tmp_path, distribution=riscv)).detail == "there are no VMs on riscv64"

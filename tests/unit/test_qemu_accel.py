@@ -185,7 +185,7 @@ def test_nested_virtualization_is_the_modules_to_allow(
     Guest(monkeypatch, WORKS)
     if text is not None:
         (tmp_path / "nested").write_text(f"{text}\n")
-    monkeypatch.setattr(accel, "_NESTED", (tmp_path / "absent", tmp_path / "nested"))
+    monkeypatch.setattr(accel, "NESTED", (tmp_path / "absent", tmp_path / "nested"))
     found = probe(layout, "amd64")
     assert found.nested == nested
     assert reason in found.nested_reason

@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 from concurrent.futures import ThreadPoolExecutor
 
-from berth.check import cgroups, kernel, tools, users
+from berth.check import cgroups, kernel, tools, users, vm
 from berth.check.model import Check, Place, Probe, Status
 from berth.errors import BerthError
 from berth.layout import Layout
 
 __all__ = ["Check", "Place", "Status", "run_checks"]
 
-_PROBES: tuple[Probe, ...] = (*kernel.PROBES, *users.PROBES, *cgroups.PROBES, *tools.PROBES)
+_PROBES: tuple[Probe, ...] = (*kernel.PROBES, *users.PROBES, *cgroups.PROBES, *tools.PROBES, *vm.PROBES)
 _AT_ONCE = 4  # most of the time goes by waiting for programs that print their version
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import tempfile
@@ -18,8 +17,6 @@ from berth.errors import BerthError, CommandError, UnsupportedError
 _DEADLINE_S = 10
 # Source: overlayfs.rst, "userxattr": overlayfs in user namespaces came with Linux 5.11; open_tree's id maps with 5.12.
 _KERNEL = (5, 11)
-_KVM_GET_API_VERSION = 0xAE00
-_KVM_API = 12  # Source: kernel, Documentation/virt/kvm/api.rst: "Applications should refuse to run … other than 12"
 _MAX_USER_INSTANCES = 512
 _NAMESPACES_AFFECT = "without it no container machine runs; VMs do"
 # Every knob that forbids user namespaces: its file, the value that does, the value that does not.
@@ -157,9 +154,9 @@ def _try_idmapped_mount(folder: Path) -> None:
 
 
 def check_tun(place: Place) -> Check:
-    """Open /dev/net/tun as pasta does."""
+    """Open /dev/net/tun as pasta does, and as the TAP of a VM needs it."""
     path = Path("/dev/net/tun")
-    affects = "without it an ordinary user's machines have no network but forwarded ports"
+    affects = "without it an ordinary user's containers have no network but forwarded ports, and each VM is alone"
     if not path.exists():
         return Check("tun", "missing", None, f"{path} does not exist", affects, place.as_root("modprobe tun"))
     try:
@@ -168,26 +165,6 @@ def check_tun(place: Place) -> Check:
     except OSError as error:
         detail = f"{path} can't be opened: {error.strerror}"
         return Check("tun", "missing", None, detail, affects, place.as_root(f"chmod 0666 {path}"))
-
-
-def check_kvm(place: Place) -> Check:
-    """Open /dev/kvm and ask for its version. That a guest runs on it is more than this can say."""
-    path = Path("/dev/kvm")
-    affects = "without it VMs run in software emulation, slowly; container machines do not need it"
-    if not path.exists():
-        fix: str | None = (
-            "switch on virtualization in the firmware (or nested virtualization in the hypervisor around this host)"
-        )
-        return Check("kvm", "missing", None, f"{path} does not exist", affects, fix)
-    try:
-        with _opened(path, os.O_RDWR) as fd:
-            version = fcntl.ioctl(fd, _KVM_GET_API_VERSION)
-    except OSError as error:
-        fix = None if place.is_root else f"{place.as_root(f'usermod -aG kvm {place.user}')}  # then log in again"
-        return Check("kvm", "missing", None, f"{path} can't be opened: {error.strerror}", affects, fix)
-    if version != _KVM_API:
-        return Check("kvm", "warning", str(version), f"its API is {version}, not {_KVM_API}", affects, None)
-    return Check("kvm", "ok", None, "opens; whether guests run on it well is only known once one has", affects, None)
 
 
 def check_inotify(place: Place) -> Check:
@@ -235,7 +212,6 @@ PROBES: tuple[Probe, ...] = (
     check_overlayfs,
     check_idmapped_mounts,
     check_tun,
-    check_kvm,
     check_inotify,
     check_low_ports,
 )

@@ -13,9 +13,6 @@ from berth.host import compare_version, tool_version
 from berth.proc import find_program
 from berth.units import GIB, format_size
 
-_QEMU = {"amd64": "qemu-system-x86_64", "arm64": "qemu-system-aarch64"}
-# Debian and Fedora keep it off PATH: it is no command for people.
-_VIRTIOFSD = ("/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/libexec/qemu/virtiofsd")
 _LITTLE_SPACE = 5 * GIB
 
 
@@ -42,7 +39,6 @@ _TOOLS = (
     Tool("zstd", "--version", "without it images with zstd layers can't be unpacked; all others can"),
     Tool("buildah", "--version", "without it 'berth build' does not work; everything else does"),
     Tool("skopeo", "--version", "nothing needs it: it reads and copies the image store from outside"),
-    Tool("mke2fs", "-V", "without it no VM has a disk; container machines do not need it"),
 )
 
 
@@ -89,20 +85,6 @@ def _tool_probe(tool: Tool) -> Probe:
     return probe
 
 
-def check_qemu(place: Place) -> Check:
-    """Look for the QEMU that runs this architecture."""
-    program = _QEMU.get(place.host.architecture, f"qemu-system-{place.host.architecture}")
-    tool = Tool(program, "--version", "without it there are no VMs; container machines do not need it", (7, 2))
-    return dataclasses.replace(check_tool(tool, place), name="qemu")
-
-
-def check_virtiofsd(place: Place) -> Check:
-    """Look for virtiofsd, on PATH and where distributions hide it."""
-    tool = Tool("virtiofsd", "--version", "without it VMs see no folder of the host; container machines do")
-    hidden = next((path for path in _VIRTIOFSD if os.access(path, os.X_OK)), None)
-    return check_tool(tool, place) if hidden is None else _judge(tool, Path(hidden), place)
-
-
 def check_disk_space(place: Place) -> Check:
     """Measure what is free where images and machines are kept."""
     folder = existing_parent(place.layout.data)
@@ -125,4 +107,4 @@ def _whose(place: Place) -> str:
     return "root's" if place.is_root else "an ordinary user's"
 
 
-PROBES: tuple[Probe, ...] = (*(_tool_probe(tool) for tool in _TOOLS), check_qemu, check_virtiofsd, check_disk_space)
+PROBES: tuple[Probe, ...] = (*(_tool_probe(tool) for tool in _TOOLS), check_disk_space)

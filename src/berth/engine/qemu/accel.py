@@ -38,7 +38,7 @@ _DEADLINE_S = 1.0
 _KILL_S = 2.0
 _PACKAGES = {"amd64": "qemu-system-x86", "arm64": "qemu-system-arm"}
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_NESTED = (Path("/sys/module/kvm_intel/parameters/nested"), Path("/sys/module/kvm_amd/parameters/nested"))
+NESTED = (Path("/sys/module/kvm_intel/parameters/nested"), Path("/sys/module/kvm_amd/parameters/nested"))
 _SIGN = b"B"  # what the program prints before it counts
 
 
@@ -98,14 +98,19 @@ def _emulated(reason: str, hint: str | None = None) -> Accelerator:
 
 
 def _accelerated(reason: str) -> Accelerator:
+    why_not = why_not_nested()
+    return Accelerator("kvm", reason, nested=why_not is None, nested_reason=why_not or "")
+
+
+def why_not_nested() -> str | None:
+    """Say why KVM here can't give a VM virtualization of its own; None when it can."""
     if host.architecture() != "amd64":
-        return Accelerator("kvm", reason, nested_reason="only x86-64 processors are known to pass it on")
-    for path in _NESTED:
+        return "only x86-64 processors are known to pass it on"
+    for path in NESTED:
         with contextlib.suppress(OSError):
-            if path.read_text().strip() in ("Y", "1"):
-                return Accelerator("kvm", reason, nested=True)
-            return Accelerator("kvm", reason, nested_reason=f"the kernel's module forbids it ({path} is not Y)")
-    return Accelerator("kvm", reason, nested_reason="neither kvm_intel nor kvm_amd is loaded")
+            is_on = path.read_text().strip() in ("Y", "1")
+            return None if is_on else f"the kernel's module forbids it: {path} is not Y"
+    return "neither kvm_intel nor kvm_amd is loaded"
 
 
 def _why_closed() -> Accelerator | None:
