@@ -47,6 +47,16 @@ func once(port io.ReadWriteCloser) func() (io.ReadWriteCloser, error) {
 	}
 }
 
+// heard reads the announcement of a guest that has opened its port.
+func heard(t *testing.T, host *wire.Socket) {
+	t.Helper()
+	got := make([]byte, lineSize)
+	_ = host.SetReadDeadline(time.Now().Add(soon))
+	if _, err := io.ReadFull(host, got); err != nil || !strings.HasPrefix(string(got), prefix) {
+		t.Fatalf("%q %v", got, err)
+	}
+}
+
 func newGuest(t *testing.T) *guest {
 	t.Helper()
 	port, host := portPair(t)
@@ -59,6 +69,7 @@ func newGuest(t *testing.T) *guest {
 			g.read <- string(text)
 		})
 	}()
+	heard(t, host)
 	t.Cleanup(func() {
 		host.Close()
 		if err := <-ended; err != errNoMore { //nolint:errorlint // ours
@@ -224,6 +235,7 @@ func TestGuestClosesFirst(t *testing.T) {
 			}
 		})
 	}()
+	heard(t, host)
 	for _, digit := range []string{"1", "2", "3"} {
 		_, _ = io.WriteString(host, line(digit))
 		link := <-handled
@@ -388,9 +400,15 @@ func TestPortIsOpenedAgain(t *testing.T) {
 type hangs struct {
 	*wire.Socket
 	chunks chan string
+	late   bool // its deadline has passed
 }
 
+func (h *hangs) SetReadDeadline(at time.Time) error { h.late = !at.IsZero(); return nil }
+
 func (h *hangs) Read(data []byte) (int, error) {
+	if h.late {
+		return 0, os.ErrDeadlineExceeded
+	}
 	text, open := <-h.chunks
 	switch {
 	case !open:
@@ -403,7 +421,7 @@ func (h *hangs) Read(data []byte) (int, error) {
 
 func TestHangUp(t *testing.T) {
 	own, host := portPair(t)
-	port := &hangs{own, make(chan string, 16)}
+	port := &hangs{own, make(chan string, 16), false}
 	read := make(chan string, 16)
 	ended := make(chan error)
 	go func() {
@@ -417,6 +435,7 @@ func TestHangUp(t *testing.T) {
 		port.chunks <- chunk
 	}
 	close(port.chunks)
+	heard(t, host)
 	got := make([]byte, 2*lineSize)
 	if _, err := io.ReadFull(host, got); err != nil || string(got) != line("a")+line("c") {
 		t.Errorf("%q %v", got, err)
@@ -439,6 +458,24 @@ func TestWait(t *testing.T) {
 	}
 	if Wait(1000000) != 5*time.Second {
 		t.Error(Wait(1000000))
+	}
+}
+
+// A host that believes to be connected with the agent before learns of the new one.
+func TestNewAgentAnnouncesItself(t *testing.T) {
+	port, host := portPair(t)
+	conn := wire.NewConn(host, wire.Options{Side: wire.Host, Role: "keeper"})
+	defer conn.Close()
+	hello := wire.Encode(wire.Hello{Type: wire.TypeHello, Protocol: 1})
+	_, _ = port.Write(wire.AppendFrame(nil, 0, wire.KindMessage, hello))
+	if _, err := conn.WaitHello(soon); err != nil {
+		t.Fatal(err)
+	}
+	go func() { _ = Serve(once(port), func(io.ReadWriteCloser) {}) }()
+	<-conn.Done()
+	var wrong *wire.ProtocolError
+	if !errors.As(conn.Err(), &wrong) {
+		t.Error(conn.Err())
 	}
 }
 

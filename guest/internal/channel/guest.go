@@ -11,6 +11,8 @@ import (
 const (
 	// answerTime is how long a host that sent a line may take to read the answer.
 	answerTime = 5 * time.Second
+	// announceTime is how long a new agent tries to tell a host of itself that may not be there.
+	announceTime = 100 * time.Millisecond
 	// reopenPause keeps a port that is broken for good from being opened in a circle.
 	reopenPause = 50 * time.Millisecond
 	seekSize    = 4096
@@ -28,9 +30,20 @@ func Serve(open func() (io.ReadWriteCloser, error), handle func(io.ReadWriteClos
 		if err != nil {
 			return err
 		}
+		announce(port)
 		serve(port, handle)
 		_ = port.Close()
 		time.Sleep(reopenPause)
+	}
+}
+
+// announce sends a line that answers nothing. A host that still believes to be connected with the agent before us takes
+// it for the error that it is and begins anew; any other drops it.
+func announce(port io.ReadWriteCloser) {
+	if limited, ok := port.(deadlines); ok {
+		_ = limited.SetWriteDeadline(time.Now().Add(announceTime))
+		_, _ = port.Write(newNonce().line())
+		_ = limited.SetWriteDeadline(time.Time{})
 	}
 }
 
@@ -42,11 +55,11 @@ func serve(port io.ReadWriteCloser, handle func(io.ReadWriteCloser)) {
 		if err == nil {
 			unread, err = connect(port, nonce, rest, handle)
 		}
-		if err != nil && !errors.Is(err, ErrHungUp) {
+		switch {
+		case err == ErrHungUp: //nolint:errorlint // and nothing worse
+			unread = nil // what came before means nothing any more
+		case err != nil:
 			return
-		}
-		if err != nil {
-			unread = nil // what came before a hang-up means nothing any more
 		}
 	}
 }
@@ -178,12 +191,15 @@ func (l *link) finish() ([]byte, error) {
 	defer l.writing.Unlock()
 	l.reading.Lock()
 	defer l.reading.Unlock()
-	if l.ended != nil && l.ended != io.EOF { //nolint:errorlint // our own mark
-		return nil, l.ended
-	}
 	port, ok := l.port.(deadlines)
 	if !ok {
 		return nil, os.ErrClosed
 	}
-	return l.unread, errors.Join(port.SetReadDeadline(time.Time{}), port.SetWriteDeadline(time.Time{}))
+	if err := errors.Join(port.SetReadDeadline(time.Time{}), port.SetWriteDeadline(time.Time{})); err != nil {
+		return nil, err
+	}
+	if l.ended == io.EOF { //nolint:errorlint // our own mark: a line
+		return l.unread, nil
+	}
+	return l.unread, l.ended
 }

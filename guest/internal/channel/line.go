@@ -29,6 +29,7 @@ func newNonce() (n nonce) {
 	return n
 }
 
+// line is what is sent. As a frame it is of no known kind.
 func (n nonce) line() []byte { return append(append([]byte(prefix), n[:]...), '\n') }
 
 // seeker finds lines in a flow of bytes, split anywhere. A line holds the byte 0x0A at its two ends only, so a mismatch

@@ -16,15 +16,9 @@ const (
 	maxClients = 512
 	// helloTime is how long an agent that has answered the line may take to greet.
 	helloTime = 30 * time.Second
-	// young is how long after its start an agent is believed to be the one that QEMU has just told of.
-	young = 2 * time.Second
+	// lasting is how long a connection has to last for the agent not to count as broken.
+	lasting = time.Second
 )
-
-// agentConn is the connection to the agent over the channel.
-type agentConn struct {
-	*wire.Conn
-	since time.Time
-}
 
 // serveChannel makes one connection with the agent of a VM and works over it until it ends. It says how long to wait
 // before the next attempt: a guest that breaks connection after connection is to cost little.
@@ -41,31 +35,32 @@ func (k *vmKeeper) serveChannel(socket *wire.Socket) time.Duration {
 	conn := wire.NewConn(stream, wire.Options{Side: wire.Host, Version: k.options.Version, Role: "keeper", MaxStreams: maxServices})
 	defer conn.Close()
 	if _, err := conn.WaitHello(helloTime); err == nil {
-		k.serve(&agentConn{conn, began})
+		k.serve(conn)
 	}
-	if k.failed++; time.Since(began) > young {
+	if k.failed++; time.Since(began) > lasting {
 		k.failed = 0
 	}
 	return min(k.times.retryMin<<min(k.failed, 10), k.times.retryMax)
 }
 
 // serve works over a connection whose agent has greeted.
-func (k *vmKeeper) serve(conn *agentConn) {
+func (k *vmKeeper) serve(conn *wire.Conn) {
 	k.setChannel(conn)
 	defer k.setChannel(nil)
+	k.settled.Reset(settleAfter) // when the start is behind it
 	var others sync.WaitGroup
 	defer others.Wait()
 	defer conn.Close() // before the wait
-	others.Go(func() { serveGuest(conn.Conn, filepath.Join(k.options.Dir, "ssh-agent")) })
-	others.Go(func() { k.keepClock(conn.Conn) })
-	others.Go(func() { k.acceptClients(conn.Conn) })
+	others.Go(func() { serveGuest(conn, filepath.Join(k.options.Dir, "ssh-agent")) })
+	others.Go(func() { k.keepClock(conn) })
+	others.Go(func() { k.acceptClients(conn) })
 	if k.ports != nil {
-		others.Go(func() { k.ports.follow(conn.Conn) })
+		others.Go(func() { k.ports.follow(conn) })
 	}
 	<-conn.Done()
 }
 
-func (k *vmKeeper) setChannel(conn *agentConn) {
+func (k *vmKeeper) setChannel(conn *wire.Conn) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.channel = conn
@@ -80,7 +75,7 @@ func (k *vmKeeper) portChanged(open bool) {
 	case conn == nil:
 	case !open:
 		conn.Close()
-	case time.Since(conn.since) > young:
+	default: // mostly the very agent that we speak with, for QEMU holds events back
 		wake(k.doubt)
 	}
 }
@@ -122,8 +117,10 @@ func (k *vmKeeper) acceptClients(conn *wire.Conn) {
 
 // carry joins one client with the agent. The client's bytes wait for no answer: when the agent refuses, the stream ends.
 func (k *vmKeeper) carry(conn *wire.Conn, client *wire.Socket) {
-	k.settled.begin()
-	defer func() { <-k.slots; k.settled.end() }()
+	defer func() {
+		<-k.slots
+		k.settled.Reset(settleAfter)
+	}()
 	stream, err := conn.Open(wire.Plain{Type: wire.TypeConnect})
 	if err != nil {
 		client.Close()

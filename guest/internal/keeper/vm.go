@@ -31,7 +31,7 @@ type vmKeeper struct {
 	slots   chan struct{} // one per client
 	voices  *voices
 	monitor *monitor
-	settled *burst
+	settled *time.Timer // runs when some client has ended
 	done    chan struct{}
 	ended   chan struct{} // QEMU has
 
@@ -41,7 +41,7 @@ type vmKeeper struct {
 
 	mu      sync.Mutex
 	there   map[string]bool // the sockets at which QEMU is, or may be
-	channel *agentConn      // nil while there is none
+	channel *wire.Conn      // nil while there is none
 }
 
 // keepVM keeps a VM until QEMU has ended, or stop brings something. QEMU's sockets listen already, whether it has begun
@@ -56,14 +56,14 @@ func keepVM(options Options, times times, log *consoleLog, ports *forwarder, sto
 		options: options, times: times, log: log, ports: ports, clients: clients,
 		slots:   make(chan struct{}, maxClients),
 		voices:  &voices{log: log},
-		settled: newBurst(memory.GiveBack),
+		settled: time.AfterFunc(settleAfter, memory.GiveBack),
 		done:    make(chan struct{}), ended: make(chan struct{}),
 		retune: make(chan struct{}, 1), doubt: make(chan struct{}, 1),
 		there: map[string]bool{},
 	}
 	k.monitor = newMonitor(k)
 	defer k.monitor.forget()
-	defer k.settled.stop()
+	defer k.settled.Stop()
 	defer close(k.done)
 	users := map[string]func(*wire.Socket) time.Duration{
 		qemuChannel: k.serveChannel,
@@ -151,27 +151,3 @@ func (k *vmKeeper) saw(name string, there bool) {
 		close(k.ended)
 	}
 }
-
-// burst gives the memory back when some work has been over for a while.
-type burst struct {
-	mu    sync.Mutex
-	open  int
-	timer *time.Timer
-}
-
-func newBurst(over func()) *burst {
-	b := &burst{timer: time.AfterFunc(settleAfter, over)}
-	return b
-}
-
-func (b *burst) begin() { b.mu.Lock(); defer b.mu.Unlock(); b.open++; b.timer.Stop() }
-
-func (b *burst) end() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.open--; b.open == 0 {
-		b.timer.Reset(settleAfter)
-	}
-}
-
-func (b *burst) stop() { b.timer.Stop() }
