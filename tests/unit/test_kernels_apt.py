@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from berth.errors import BerthError, StateFormatError, UnsupportedError
-from berth.kernels import gather, running
+from berth.kernels import apt, gather, running
 from berth.kernels.apt import Package, configuration, parse_package, parse_status, resolve
 from berth.kernels.gather import Gatherer
 from berth.kernels.model import version_key
+from berth.oci.aptsources import AptSource
+from berth.proc import Completed
 from berth.progress import Silent
 
 STANZA = """\
@@ -167,3 +170,23 @@ def test_the_running_kernel(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_newest() -> None:
     versions = ["6.1.0-9-amd64", "6.1.0-56-amd64", "6.12-rc1", "6.12.1", "5.15.0"]
     assert sorted(versions, key=version_key) == ["5.15.0", "6.1.0-9-amd64", "6.1.0-56-amd64", "6.12-rc1", "6.12.1"]
+
+
+def test_a_mirror_that_does_not_answer(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """apt-get update calls that a success: it must not end as 'there is no kernel'."""
+    source = AptSource("http://mirror.example/debian", "stable", ("main",))
+    asked: list[object] = []
+
+    def run(argv: Sequence[str], **options: object) -> Completed:
+        asked.append((argv[-3:], options["env"]))
+        return Completed(0, b"", b"W: Failed to fetch http://mirror.example/x: Could not connect\nW: more\n")
+
+    monkeypatch.setattr(apt, "run", run)
+    told = apt.Apt(scratch / "own", "amd64", [source])
+    with pytest.raises(BerthError, match="can't be had: Failed to fetch .* Could not connect") as caught:
+        told.update()
+    assert "mirror" in (caught.value.hint or "")
+    assert asked == [(["apt-get", "-q", "update"], {"APT_CONFIG": str(scratch / "own/apt.conf")})]
+    assert (scratch / "own/sources.list").read_text() == "deb http://mirror.example/debian stable main\n"
+    (scratch / "own/lists/mirror_Packages").touch()
+    told.update()

@@ -166,8 +166,14 @@ class Apt:
         (folder / "apt.conf").write_text(configuration(folder, arch, own_lists=sources is not None))
 
     def update(self) -> None:
-        """Fetch the lists. A source of several that fails is passed over. Raises BerthError when apt can't work."""
-        self._run(["apt-get", "-q", "update"], timeout_s=_UPDATE_S, success=_NOT_FOUND)
+        """Fetch the lists. A source of several that fails is passed over. Raises BerthError when none can be had."""
+        done = self._run(["apt-get", "-q", "update"], timeout_s=_UPDATE_S, success=_NOT_FOUND)
+        if not any((self._folder / "lists").glob("*Packages*")):
+            # apt calls a mirror that does not answer a warning, and is content.
+            said = [
+                line[3:] for line in done.stderr.decode(errors="replace").splitlines() if line[:3] in ("W: ", "E: ")
+            ]
+            raise BerthError(f"the package lists can't be had: {said[0] if said else 'apt-get gives none'}", hint=_HINT)
 
     def show(self, name: str) -> Package | None:
         """Look a package up: its newest version; None when the lists have none."""
