@@ -158,12 +158,21 @@ def test_passt_answers_a_vm_that_has_no_tap_and_ends_with_it(scratch: Path, ordi
             ask = struct.pack("!HHBBH", 1, 0x0800, 6, 4, 1) + own + socket.inet_aton(one.ip) + bytes(6)
             frame = _EVERYBODY + own + b"\x08\x06" + ask + socket.inet_aton(one.gateway)
             os.write(stream, struct.pack("!I", len(frame)) + frame)
-            assert select.select([stream], [], [], 5)[0]
-            assert socket.inet_aton(one.gateway) in os.read(stream, 65536)
+            (size,) = struct.unpack("!I", _read(stream, 4))
+            assert socket.inet_aton(one.gateway) in _read(stream, size)
             assert len(find_programs("passt", pid_file)) == 1
             os.kill(pid, signal.SIGKILL)
         _until(lambda: find_programs("passt", pid_file) == [])
         assert not Path(pid_file).exists()
+
+
+def _read(stream: int, size: int) -> bytes:
+    """Read so many bytes, which may come in parts."""
+    data = b""
+    while len(data) < size:
+        assert select.select([stream], [], [], 5)[0]
+        data += os.read(stream, size - len(data))
+    return data
 
 
 def ports(world: World) -> list[str]:
