@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -31,6 +32,7 @@ type Init struct {
 
 	root    string   // "" in a guest; a directory in tests
 	actions []string // the first words of what process 1 runs and waits for, by /etc/inittab
+	last    []string // likewise, when it goes down
 }
 
 // Detect looks at the program argv[0] of the guest below root, its links and what lies beside it. It starts nothing
@@ -41,7 +43,7 @@ func Detect(root string, argv []string) *Init {
 		init.System, init.Program = None, None
 		return init
 	}
-	init.Program = detectProgram(root, argv[0])
+	init.Program = detectProgram(root, argv)
 	init.System = init.Program
 	switch init.Program {
 	case openrcInit:
@@ -50,12 +52,13 @@ func Detect(root string, argv []string) *Init {
 		if exists(root+"/sbin/openrc") || exists(root+"/usr/bin/openrc") {
 			init.System = OpenRC
 		}
-		init.actions = blockingActions(root + "/etc/inittab")
+		init.actions, init.last = readInittab(root + "/etc/inittab")
 	}
 	return init
 }
 
-func detectProgram(root, path string) string {
+func detectProgram(root string, argv []string) string {
+	path := argv[0]
 	if !filepath.IsAbs(path) {
 		path = "/sbin/" + path
 	}
@@ -69,11 +72,22 @@ func detectProgram(root, path string) string {
 	case base == openrcInit:
 		return openrcInit
 	case strings.HasPrefix(base, "busybox"):
-		return Busybox
+		if applet := appletOf(argv); applet == "init" || applet == "linuxrc" {
+			return Busybox
+		}
 	case base == "init" && !isScript(real) && (exists(root+"/etc/inittab") || exists(root+"/sbin/telinit")):
 		return SysVInit
 	}
 	return Other
+}
+
+// appletOf says what busybox takes itself for: `/sbin/init`, `busybox init`, `/bin/sh`.
+func appletOf(argv []string) string {
+	name := filepath.Base(argv[0])
+	if strings.HasPrefix(name, "busybox") && len(argv) > 1 {
+		return argv[1]
+	}
+	return name
 }
 
 func exists(path string) bool {
@@ -92,27 +106,42 @@ func isScript(path string) bool {
 	return bytes.Equal(magic[:n], []byte("#!"))
 }
 
-// blockingActions gives the programs that the init waits for one after another before it is done with starting.
+// readInittab gives the programs that the init waits for one after another before it is done with starting, and those
+// that it runs in the end (busybox).
 // Source: inittab(5) of sysvinit and the comment at the top of busybox's examples/inittab: id:runlevels:action:process.
-func blockingActions(path string) []string {
+func readInittab(path string) (first, last []string) {
 	data, err := os.ReadFile(path)
 	if err != nil {
-		return []string{"/etc/init.d/rcS"} // what busybox does without an inittab
+		return []string{"/etc/init.d/rcS"}, []string{"/bin/umount"} // what busybox does without an inittab
 	}
-	var actions []string
 	for line := range strings.SplitSeq(string(data), "\n") {
 		fields := strings.SplitN(strings.TrimSpace(line), ":", 4)
 		if len(fields) != 4 || strings.HasPrefix(fields[0], "#") {
 			continue
 		}
+		program := firstProgram(strings.TrimLeft(fields[3], "-+"))
 		switch fields[2] {
 		case "sysinit", "wait", "bootwait":
-			if program := firstProgram(strings.TrimLeft(fields[3], "-+")); program != "" {
-				actions = append(actions, program)
+			if program != "" {
+				first = append(first, program)
 			}
+		case "shutdown":
+			last = append(last, program)
 		}
 	}
-	return actions
+	return first, last
+}
+
+// leavesDisks says whether this init turns the power off without having unmounted anything: one that we don't know,
+// and busybox's where nothing that it is to run in the end is there. (Alpine's inittab names an openrc that many of
+// its images lack.)
+func (i *Init) leavesDisks() bool {
+	if i.Program != Busybox {
+		return i.Program == Other
+	}
+	return !slices.ContainsFunc(i.last, func(program string) bool {
+		return filepath.IsAbs(program) && exists(i.root+program)
+	})
 }
 
 // firstProgram names what a line runs; of `/bin/sh -c "mkdir /x"` it is mkdir, since a shell says nothing.

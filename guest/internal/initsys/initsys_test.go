@@ -123,18 +123,37 @@ si0:12345:bootwait:-/sbin/prepare now
 l2:2:wait:/etc/init.d/rc 2
 tty1::respawn:/sbin/getty 38400 tty1
 ::ctrlaltdel:/sbin/reboot
+::shutdown:/bin/umount -a -r
 broken
 `
 
-func TestBlockingActions(t *testing.T) {
+func TestReadInittab(t *testing.T) {
 	root := t.TempDir()
 	put(t, root+"/inittab", inittab)
-	got := strings.Join(blockingActions(root+"/inittab"), " ")
-	if got != "/etc/init.d/rcS mkdir /sbin/prepare /etc/init.d/rc" {
+	first, last := readInittab(root + "/inittab")
+	if got := strings.Join(first, " "); got != "/etc/init.d/rcS mkdir /sbin/prepare /etc/init.d/rc" {
 		t.Error(got)
 	}
-	if got := blockingActions(root + "/none"); len(got) != 1 || got[0] != "/etc/init.d/rcS" {
+	if got := strings.Join(last, " "); got != "/bin/umount" {
 		t.Error(got)
+	}
+	first, last = readInittab(root + "/none")
+	if len(first) != 1 || first[0] != "/etc/init.d/rcS" || len(last) != 1 {
+		t.Error(first, last)
+	}
+}
+
+func TestBusyboxIsAnInitByItsNameOnly(t *testing.T) {
+	root := t.TempDir()
+	put(t, root+"/bin/busybox", "\x7fELF")
+	link(t, "busybox", root+"/bin/sh")
+	link(t, "bin/busybox", root+"/linuxrc")
+	for argv, want := range map[string]string{
+		"/linuxrc": Busybox, "/bin/busybox init": Busybox, "/bin/sh /start": Other, "/bin/busybox sh": Other, "/bin/busybox": Other,
+	} {
+		if got := Detect(root, strings.Fields(argv)).Program; got != want {
+			t.Errorf("%s: %s", argv, got)
+		}
 	}
 }
 
@@ -300,5 +319,29 @@ func TestCatches(t *testing.T) {
 	}
 	if catches(path+".none", syscall.SIGTERM) {
 		t.Error("nobody catches nothing")
+	}
+}
+
+func TestLeavesDisks(t *testing.T) {
+	root := t.TempDir()
+	put(t, root+"/bin/busybox", "")
+	link(t, "../bin/busybox", root+"/sbin/init")
+	leaves := func(argv ...string) bool { return Detect(root, argv).leavesDisks() }
+	put(t, root+"/etc/inittab", "::sysinit:/sbin/openrc sysinit\n::shutdown:/sbin/openrc shutdown\n")
+	if !leaves("/sbin/init") {
+		t.Error("nothing that it runs in the end is there")
+	}
+	put(t, root+"/sbin/openrc", "")
+	if leaves("/sbin/init") {
+		t.Error("openrc unmounts")
+	}
+	put(t, root+"/bin/umount", "")
+	put(t, root+"/etc/inittab", "::sysinit:/sbin/openrc sysinit\n::shutdown:/bin/umount -a -r\n")
+	if leaves("/sbin/init") {
+		t.Error("umount unmounts")
+	}
+	put(t, root+"/init.sh", "#!/bin/sh\n")
+	if !leaves("/init.sh") || leaves() {
+		t.Error("a script does not; we do")
 	}
 }

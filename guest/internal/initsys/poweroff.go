@@ -26,6 +26,10 @@ func (t *Tracker) PowerOff() error {
 }
 
 func (i *Init) powerOff() error {
+	if i.VM && i.leavesDisks() {
+		go endWithout(i.Program == Other)
+		return nil
+	}
 	switch i.Program {
 	case Systemd:
 		if run("systemctl", "--no-wall", "--no-ask-password", "poweroff") == nil {
@@ -45,10 +49,6 @@ func (i *Init) powerOff() error {
 		return run("/sbin/init", "0")
 	case Busybox:
 		return signalInit(syscall.SIGUSR2) // Source: busybox, init/init.c: HUP reload, USR1 halt, USR2 power off
-	}
-	if i.VM && i.Program == Other {
-		go endUnknown()
-		return nil
 	}
 	// Our own process 1; and whatever else runs as one (tini, dumb-init, a script) is used to what docker sends.
 	return signalInit(syscall.SIGTERM)

@@ -25,13 +25,13 @@ const (
 	statusEventShift = 16
 )
 
-// endUnknown powers off a VM whose process 1 knows nothing of it: tini, a script, somebody's own. It is told as docker
-// tells it. But the kernel panics when process 1 ends, with the file systems as they are: so we hold it at its exit by
-// ptrace(2), end the others, and turn the machine off ourselves.
-func endUnknown() {
+// endWithout powers off a VM whose process 1 can't be trusted with it: tini, a script, somebody's own. tell: it gets
+// SIGTERM first, as from docker. But the kernel panics when process 1 ends, with the file systems as they are: so we
+// hold it at its exit by ptrace(2), end the others, and turn the machine off ourselves.
+func endWithout(tell bool) {
 	syscall.Sync()
 	runtime.LockOSThread() // ptrace is the thread's
-	if seizeFirst() && catches("/proc/1/status", syscall.SIGTERM) {
+	if seizeFirst() && tell && catches("/proc/1/status", syscall.SIGTERM) {
 		_ = syscall.Kill(1, syscall.SIGTERM)
 		holdFirst(time.Now().Add(firstWithin))
 	}

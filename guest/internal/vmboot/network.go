@@ -103,7 +103,7 @@ func addDefaultRoute(index uint32, gateway boot.IPv4) []byte {
 }
 
 func broadcast(ip boot.IPv4, prefix int) (last boot.IPv4) {
-	binary.BigEndian.PutUint32(last[:], binary.BigEndian.Uint32(ip[:])|1<<(32-prefix)-1)
+	binary.BigEndian.PutUint32(last[:], binary.BigEndian.Uint32(ip[:])|(1<<(32-prefix)-1))
 	return last
 }
 

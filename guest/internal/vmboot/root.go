@@ -55,7 +55,7 @@ func mountRoot(vm *boot.VM) error {
 		}
 	}
 	if err := syscall.Mount(device, newRoot, "ext4", 0, rootOptions); err != nil {
-		return fmt.Errorf("the root disk can't be mounted: %w", err)
+		return fmt.Errorf("the root disk is damaged or no ext4: can't mount it: %w", err)
 	}
 	return nil
 }
@@ -77,19 +77,18 @@ func check(device string) error {
 			break
 		}
 	}
-	return judge(status.Exited(), status.ExitStatus())
+	if !status.Exited() {
+		say(errors.New("the check of the root disk was killed; its journal must do"))
+		return nil
+	}
+	return judge(status.ExitStatus())
 }
 
 // judge says what e2fsck's end means. Source: e2fsck(8): 1 corrected, 2 corrected and to be rebooted if it is mounted
 // (it is not), 4 left uncorrected, 8 and more: it could not do its work.
-func judge(exited bool, status int) error {
-	switch {
-	case !exited:
-		say(errors.New("the check of the root disk was killed; its journal must do"))
-	case status >= 8:
-		return fmt.Errorf("the root disk can't be checked (e2fsck ended with status %d)", status)
-	case status >= 4:
-		return errors.New("the root disk is damaged beyond what e2fsck -p repairs")
+func judge(status int) error {
+	if status >= 4 {
+		return fmt.Errorf("the root disk is damaged beyond what e2fsck -p repairs (it ended with status %d)", status)
 	}
 	return nil
 }

@@ -17,10 +17,7 @@ func mountShare(m boot.Mount) error {
 	kind, data, flags := shareOptions(m)
 	target := filepath.Clean(m.Target)
 	if m.File == nil {
-		if err := makeAndMount(m.Tag, target, kind, flags, data); err != nil {
-			return err
-		}
-		return nil
+		return makeAndMount(m.Tag, target, kind, flags, data)
 	}
 	if err := os.MkdirAll(sharesDir, 0o700); err != nil {
 		return err

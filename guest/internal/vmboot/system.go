@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -99,7 +100,7 @@ func bringModules(serial *string) error {
 	if err != nil {
 		return err
 	}
-	name := filepath.Base(string(version[:max(0, len(version)-1)]))
+	name := filepath.Base(strings.TrimSuffix(string(version), "\n"))
 	device, err := waitDisk(*serial)
 	if err != nil {
 		return err
@@ -112,7 +113,26 @@ func bringModules(serial *string) error {
 		note(syscall.Unmount(disk, syscall.MNT_DETACH)) // what is bound stays
 		note(os.Remove(disk))
 	}()
-	return makeAndMount(filepath.Join(disk, name), filepath.Join(modulesDir, name), "", syscall.MS_BIND, "")
+	if err := makeAndMount(filepath.Join(disk, name), filepath.Join(modulesDir, name), "", syscall.MS_BIND, ""); err != nil {
+		return err
+	}
+	return keepModulesMounted("")
+}
+
+// keepModulesMounted tells systemd to leave them when it unmounts the rest in the end: process 1 and udev have them in
+// use, so it would fail, and say so in each shutdown. Source: systemd.unit(5) on drop-ins for names up to a dash.
+func keepModulesMounted(root string) error {
+	for _, prefix := range []string{"lib-modules-", "usr-lib-modules-"} {
+		dir := root + "/run/systemd/system/" + prefix + ".mount.d"
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+		text := "# written by berth\n[Unit]\nDefaultDependencies=no\n"
+		if err := files.Write(dir+"/50-berth.conf", []byte(text), files.Attr{Mode: 0o644}); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // catchUp sets a clock that lies behind the host's: a machine without a clock of its own begins in 1970.

@@ -16,6 +16,7 @@ import (
 
 	"berth.dev/guest/internal/boot"
 	"berth.dev/guest/internal/halt"
+	"berth.dev/guest/internal/memory"
 )
 
 // initPath is what the kernel runs of an initramfs, and gives it as argv[0].
@@ -96,6 +97,7 @@ func settle(doc *boot.Document, text []byte) error {
 		say(fmt.Errorf("the network is not there: %w", err))
 	}
 	takeConsole()
+	memory.BeSmall() // for an image without an init we stay
 	boot.Become(doc) // it says itself what went wrong
 	return nil
 }
