@@ -183,7 +183,7 @@ def test_a_mirror_that_does_not_answer(scratch: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(apt, "run", run)
     told = apt.Apt(scratch / "own", "amd64", [source])
-    with pytest.raises(BerthError, match="can't be had: Failed to fetch .* Could not connect") as caught:
+    with pytest.raises(BerthError, match=r"can't be had: Failed to fetch .* Could not connect") as caught:
         told.update()
     assert "mirror" in (caught.value.hint or "")
     assert asked == [(["apt-get", "-q", "update"], {"APT_CONFIG": str(scratch / "own/apt.conf")})]

@@ -12,6 +12,7 @@ import dataclasses
 import os
 import re
 import struct
+import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import IO, Literal, cast
@@ -246,7 +247,7 @@ def _find_release(file: _File) -> str:
 
 def _unpack(file: _File, start: int, size: int, target: Path) -> int:
     """Decompress a part of `file` to `target`, a new file 0644; return the bytes written."""
-    with _memory_file(file, start, size) as packed, open(target, "xb") as out:
+    with _copied(file, start, size) as packed, open(target, "xb") as out:
         os.fchmod(out.fileno(), 0o644)
         try:
             out.writelines(_decompressed(packed))
@@ -259,18 +260,13 @@ def _unpack(file: _File, start: int, size: int, target: Path) -> int:
 
 
 @contextlib.contextmanager
-def _memory_file(file: _File, start: int, size: int) -> Generator[int]:
+def _copied(file: _File, start: int, size: int) -> Generator[int]:
     """Copy a part of `file` to a file of its own: the decompressing programs read from the beginning to the end."""
-    fd = os.memfd_create("berth-kernel")
-    try:
-        left = size
-        while left:
-            piece = file.at(start + size - left, min(left, stream.CHUNK))
-            stream.write_all(fd, piece)
-            left -= len(piece)
-        yield fd
-    finally:
-        os.close(fd)
+    with tempfile.TemporaryFile() as copy:
+        for at in range(0, size, stream.CHUNK):
+            copy.write(file.at(start + at, min(stream.CHUNK, size - at)))
+        copy.flush()
+        yield copy.fileno()
 
 
 def _decompressed(fd: int) -> Iterator[bytes]:
