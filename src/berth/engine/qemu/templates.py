@@ -111,6 +111,9 @@ def make_template(
         partial.mkdir(mode=0o700)
         try:
             size = _build(layout, digest, partial / "root.raw", layers, disk, progress)
+            # Before it is made durable: what of the unpacked files is not on the disk yet never has to go there.
+            trees.delete(partial / "rootfs")
+            _sync(partial / "root.raw")
             (partial / "root.raw").rename(Template.at(layout, digest, size).path)
             files.sync_directory(layout.disk(digest))
             files.sync_directory(layout.disks)
@@ -224,7 +227,6 @@ def _make_filesystem(path: Path, tree: int, disk: int, idmap: userns.IdMap) -> t
         os.fchown(fd, os.geteuid(), os.getegid())
         # A QEMU that runs as nobody in particular may open its inherited descriptor anew; the folders above are closed.
         os.fchmod(fd, 0o644)
-        os.fsync(fd)
     finally:
         os.close(fd)
     match cast("dict[str, object]", answer):
@@ -232,3 +234,11 @@ def _make_filesystem(path: Path, tree: int, disk: int, idmap: userns.IdMap) -> t
             return content, size
         case _:
             raise BerthError(f"unexpected answer from inside the namespace: {answer!r:.200}")
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
