@@ -85,28 +85,54 @@ func (k *vmKeeper) portChanged(open bool) {
 func (k *vmKeeper) acceptClients(conn *wire.Conn) {
 	_ = k.clients.SetDeadline(time.Time{})
 	finished := make(chan struct{})
+	var watcher sync.WaitGroup
+	defer watcher.Wait() // or it would stop the next connection's clients
 	defer close(finished)
-	go func() {
+	watcher.Go(func() {
 		select {
 		case <-conn.Done():
 			_ = k.clients.SetDeadline(time.Unix(1, 0))
 		case <-finished:
 		}
-	}()
+	})
 	for {
-		select {
-		case k.slots <- struct{}{}:
-		case <-conn.Done():
+		client := k.nextClient(conn)
+		if client == nil {
 			return
 		}
+		stream, err := conn.Open(wire.Plain{Type: wire.TypeConnect})
+		switch {
+		case err == nil:
+			go k.carry(stream, client)
+		case conn.Err() != nil:
+			k.orphan = client
+			return
+		default:
+			client.Close()
+			<-k.slots
+		}
+	}
+}
+
+// nextClient waits for a client and takes a slot for it; nil when the connection to the agent has ended.
+func (k *vmKeeper) nextClient(conn *wire.Conn) *wire.Socket {
+	if client := k.orphan; client != nil {
+		k.orphan = nil
+		return client
+	}
+	select {
+	case k.slots <- struct{}{}:
+	case <-conn.Done():
+		return nil
+	}
+	for {
 		client, err := k.clients.Accept()
-		if err == nil {
-			go k.carry(conn, client)
-			continue
-		}
-		<-k.slots
-		if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, os.ErrClosed) {
-			return
+		switch {
+		case err == nil:
+			return client
+		case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, os.ErrClosed):
+			<-k.slots
+			return nil
 		}
 		select { // out of descriptors: it passes
 		case <-conn.Done():
@@ -116,16 +142,11 @@ func (k *vmKeeper) acceptClients(conn *wire.Conn) {
 }
 
 // carry joins one client with the agent. The client's bytes wait for no answer: when the agent refuses, the stream ends.
-func (k *vmKeeper) carry(conn *wire.Conn, client *wire.Socket) {
+func (k *vmKeeper) carry(stream *wire.Stream, client *wire.Socket) {
 	defer func() {
 		<-k.slots
 		k.settled.Reset(settleAfter)
 	}()
-	stream, err := conn.Open(wire.Plain{Type: wire.TypeConnect})
-	if err != nil {
-		client.Close()
-		return
-	}
 	go func() {
 		if _, err := stream.ReadMessage(k.times.begin); errors.Is(err, os.ErrDeadlineExceeded) {
 			wake(k.doubt)

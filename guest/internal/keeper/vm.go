@@ -37,7 +37,10 @@ type vmKeeper struct {
 
 	retune chan struct{} // the guest's clock stood still; it holds one
 	doubt  chan struct{} // the agent may be another one; it holds one
-	failed int           // attempts to reach the agent in a row. The channel's goroutine's
+
+	// The channel's goroutine's.
+	failed int          // attempts to reach the agent in a row
+	orphan *wire.Socket // a client that was accepted when the connection to the agent had just ended; it has a slot
 
 	mu      sync.Mutex
 	there   map[string]bool // the sockets at which QEMU is, or may be

@@ -325,10 +325,11 @@ func TestVMPortChanges(t *testing.T) {
 	m := startMachine(t).agent()
 	m.keeper(nil)
 	monitor := greetMonitor(t, m)
+	monitor.waitCommand("query-status") // before that QEMU sends no events
 	client := m.client()
 	m.says(client, "x")
 	monitor.event("VSERPORT_CHANGE", `{"open": false, "id": "other"}`)
-	monitor.event("VSERPORT_CHANGE", `{"open": true, "id": "agent"}`) // it is young: this is itself
+	monitor.event("VSERPORT_CHANGE", `{"open": true, "id": "agent"}`) // mostly this very agent
 	m.says(client, "y")
 	monitor.event("VSERPORT_CHANGE", `{"open": false, "id": "agent"}`)
 	if _, err := client.Read(make([]byte, 1)); err != io.EOF { //nolint:errorlint // as Read says it
