@@ -333,7 +333,7 @@ def test_nested_virtualization_and_how_to_get_it(
     path = tmp_path / "nested"
     if text is not None:
         path.write_text(text)
-    monkeypatch.setattr(accel.host, "architecture", lambda: "amd64")
+    monkeypatch.setattr("berth.host.architecture", lambda: "amd64")
     monkeypatch.setattr(accel, "NESTED", (path,))
     entry = vm.check_nested_virtualization(place(tmp_path))
     assert entry.status == status

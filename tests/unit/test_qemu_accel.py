@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import getpass
 import os
 from pathlib import Path
 
@@ -36,7 +38,7 @@ def kvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program = tmp_path / "qemu"
     program.write_text("7.2")
     monkeypatch.setattr(accel, "KVM", device)
-    monkeypatch.setattr(accel.fcntl, "ioctl", lambda _fd, _request: 12)
+    monkeypatch.setattr(fcntl, "ioctl", lambda _fd, _request: 12)
     monkeypatch.setattr(accel, "require_qemu", lambda _arch: program)
     return device
 
@@ -86,9 +88,9 @@ def test_no_permission(layout: Layout, kvm: Path, monkeypatch: pytest.MonkeyPatc
     def refuse(_path: object, _flags: int) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(accel.os, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     monkeypatch.setattr(os, "geteuid", lambda: uid)
-    monkeypatch.setattr(accel.getpass, "getuser", lambda: "ann")
+    monkeypatch.setattr(getpass, "getuser", lambda: "ann")
     assert probe(layout, "amd64") == Accelerator(
         "tcg", f"this user may not open {kvm}", hint, nested_reason="VMs are emulated in software here"
     )
@@ -103,7 +105,7 @@ def test_something_else_than_kvm(layout: Layout, kvm: Path, monkeypatch: pytest.
 
 
 def test_another_version(layout: Layout, kvm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accel.fcntl, "ioctl", lambda _fd, _request: 13)
+    monkeypatch.setattr(fcntl, "ioctl", lambda _fd, _request: 13)
     assert probe(layout, "amd64").reason == f"{kvm} speaks version 13, not 12"
 
 

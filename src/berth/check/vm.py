@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from berth.check.model import Check, Place, Probe
+from berth.check.model import Check, Place, Probe, Status
 from berth.check.packages import install_command
 from berth.check.tools import Tool, check_tool
 from berth.engine.qemu import accel
@@ -42,7 +42,7 @@ def check_kvm(place: Place) -> Check:
     if found.kind == "kvm":
         return Check("kvm", "ok", None, found.reason, affects, None)
     # Opens and is of no use: nothing that could be typed here helps.
-    status = "missing" if found.hint else "warning"
+    status: Status = "missing" if found.hint else "warning"
     fix = found.hint and found.hint.removeprefix("sudo " if place.is_root else "")
     return Check("kvm", status, None, found.reason, affects, fix)
 
