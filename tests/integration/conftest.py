@@ -23,8 +23,8 @@ _numbers = itertools.count(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out of the VM's runs what is about containers, or about neither: its marker says why."""
-    doomed = [item for item in items if item.get_closest_marker("container") and _wants_vm(item)]
+    """Leave out of the VM's runs what is about containers, or about neither (its marker says why); and the reverse."""
+    doomed = [item for item in items if item.get_closest_marker("container" if _wants_vm(item) else "vm")]
     config.hook.pytest_deselected(items=doomed)
     items[:] = [item for item in items if item not in set(doomed)]
 

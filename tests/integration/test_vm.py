@@ -17,16 +17,7 @@ from person import Person
 MIB = 1 << 20
 
 
-@pytest.fixture(autouse=True)
-def vms_only(person: Person) -> None:
-    """These tests are about VMs; as containers there is nothing to run."""
-    assert person.isolation == "vm"
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run them as the two persons who have VMs, not as all four."""
-    if "person" in metafunc.fixturenames:
-        metafunc.parametrize("person", ["root-vm", "user-vm"], indirect=True, scope="session")
+pytestmark = pytest.mark.vm
 
 
 def wait(check: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
