@@ -19,8 +19,8 @@ Accel = Literal["kvm", "tcg"]
 _PROGRAMS = {"amd64": "qemu-system-x86_64", "arm64": "qemu-system-aarch64"}
 # Four disk queues keep four vCPUs apart; more cost interrupts and memory, and the host's file is one.
 _MAX_QUEUES = 4
-# Translated code is thrown away whole when this is full. Measured with systemd's boot: docs/devices.md.
-_TCG_CACHE_MIB = 256
+# Translated code is thrown away whole when this is full; QEMU's default takes an eighth of the host's memory.
+_TCG_CACHE_MIB = 128
 # Where the devices sit on PCI bus 0, fixed: a device is at the same place at every boot, whatever else there is.
 _RNG, _BALLOON, _SERIAL, _ROOT, _MODULES, _NIC = "01.0", "02.0", "03.0", "04.0", "05.0", "06.0"
 _FIRST_SHARE = 0x08
