@@ -27,7 +27,7 @@ func Guard() int {
 	signal.Ignore(syscall.SIGHUP, syscall.SIGINT)
 	end := make(chan os.Signal, 1)
 	signal.Notify(end, syscall.SIGTERM)
-	note(os.WriteFile("/proc/self/oom_score_adj", []byte(neverKill), 0))
+	_ = os.WriteFile("/proc/self/oom_score_adj", []byte(neverKill), 0)
 	notify := boot.TakeNotifySocket()
 	pause := time.Duration(0)
 	for {
