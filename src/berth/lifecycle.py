@@ -10,6 +10,7 @@ import builtins
 import contextlib
 import functools
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Generator, Iterator
@@ -172,6 +173,7 @@ class Machines:
             else:
                 for engine in all_engines(self.layout):
                     engine.end_stray(checked)
+                shutil.rmtree(self.layout.live(checked), ignore_errors=True)
             addresses.release(self.layout, checked)
             bundles.delete(self.layout, checked)
         self._empty_trash()
@@ -288,6 +290,7 @@ class Machines:
             alive = self._engine(machine).find(machine)
         except BerthError as error:
             problem = str(error)
+        boot = self._settled(config, boot)
         status: Status = "broken" if problem else self._status(name, alive)
         if status == "broken" and problem is None:
             problem = "its guest agent does not answer: the next berth run or start repairs it"
@@ -305,6 +308,11 @@ class Machines:
             problems=(*((problem,) if problem else ()), *alive.problems), limits=alive.limits,
             bundle_path=path, runtime_path=runtime,
         )  # fmt: skip
+
+    def _settled(self, config: MachineConfig, boot: BootConfig) -> BootConfig:
+        with contextlib.suppress(BerthError):
+            return engine_for(config.isolation, self.layout).settle(boot)
+        return boot
 
     def _kernel(self, config: MachineConfig, boot: BootConfig, alive: Liveness) -> str | None:
         if config.isolation == "vm":

@@ -75,7 +75,8 @@ def run_session(
     Signals are the command's while it runs. A second SIGTERM, and in a terminal SIGHUP, end us: the agent hangs up on
     the command when the connection goes, and 128 + N is returned.
 
-    Raises StartError, OutputError (after the command has ended), AgentError (code ``lost``), ProtocolError.
+    Raises StartError, OutputError (after the command has ended), AgentError (code ``lost``; ``unheard`` when the
+    connection ended before anybody saw the request), ProtocolError.
     """
     source = None if stdin_fd is None else _FdSource(stdin_fd)
     outputs: dict[int, Output] = {STDOUT: FdOutput(stdout_fd), STDERR: FdOutput(stderr_fd)}
@@ -172,6 +173,7 @@ class _Session:
         self._outputs = outputs
         self._signals = signals
         self._raw = raw  # None: no terminal
+        self._has_read = False  # any byte of stdin
         self._closed: set[int] = set()  # kinds that we told the agent to close
         self._started = False
         self._terminations = 0
@@ -242,16 +244,22 @@ class _Session:
 
     # ---- the agent
 
+    def _lost(self) -> AgentError:
+        error = lost()
+        if self._connection.hello is None and not self._has_read:
+            error.agent_code = "unheard"  # nobody has seen the request and no input is gone: it may be tried again
+        return error
+
     def _receive(self) -> None:
         try:
             count = self._sock.recv_into(self._connection.buffer())
         except BlockingIOError:
             return
         except OSError as error:
-            raise lost() from error
+            raise self._lost() from error
         if count == 0:
             self._connection.ended()
-            raise lost()
+            raise self._lost()
         for event in self._connection.received(count):
             if isinstance(event, DataArrived):
                 self._pass_on(event.kind, event.payload)
@@ -313,6 +321,7 @@ class _Session:
         if not data:
             self._watch(self._source.fd, 0, self._read)
             self._source = None
+        self._has_read = self._has_read or bool(data)
         self._connection.send_data(self._stream, STDIN, data)
         self._send()
 

@@ -115,7 +115,7 @@ def test_an_init_that_fails_is_told(person: Person, machine: Callable[..., str])
 def test_a_kernel_that_is_none_is_refused(person: Person, machine: Callable[..., str]) -> None:
     name = machine("--no-boot", "--kernel", "/etc/services")
     done = person.try_berth("start", name)
-    assert done.status == 1
+    assert done.status == 2
     assert "/etc/services" in done.stderr.decode()
     assert "Traceback" not in done.stderr.decode()
 

@@ -177,7 +177,7 @@ def test_the_user_network_has_the_machines_addresses() -> None:
 def test_the_kernels_arguments() -> None:
     assert kernel_command_line("amd64", "kvm") == (
         "console=ttyS0 console=hvc0 quiet loglevel=3 panic=-1 random.trust_cpu=on cryptomgr.notests "
-        "systemd.getty_auto=no net.ifnames=0 tsc=reliable no_timer_check"
+        "systemd.getty_auto=no systemd.show_status=yes net.ifnames=0 tsc=reliable no_timer_check"
     )
     assert kernel_command_line("amd64", "tcg").endswith(" mitigations=off")
     arm = kernel_command_line("arm64", "tcg")

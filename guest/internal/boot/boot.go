@@ -60,6 +60,9 @@ func Become(doc *Document) int {
 		if err := copyJournalToConsole(""); err != nil {
 			say(fmt.Errorf("the journal is not copied to the console: %w", err))
 		}
+		if doc.VM != nil {
+			_ = maskWithoutKmod("") // else one unit fails, and systemctl says so
+		}
 	}
 	notify, name, err := notifySocket()
 	if err != nil {

@@ -263,6 +263,27 @@ func TestLookUp(t *testing.T) {
 	}
 }
 
+func TestNoUnitFailsForWantOfKmod(t *testing.T) {
+	root := t.TempDir()
+	unit := root + "/run/systemd/system/kmod-static-nodes.service"
+	if err := maskWithoutKmod(root); err != nil {
+		t.Fatal(err)
+	}
+	if target, err := os.Readlink(unit); err != nil || target != "/dev/null" {
+		t.Errorf("%q %v", target, err)
+	}
+	if err := os.Remove(unit); err != nil {
+		t.Fatal(err)
+	}
+	put(t, root+"/usr/bin/kmod", "")
+	if err := maskWithoutKmod(root); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Lstat(unit); err == nil {
+		t.Error("masked though there is a kmod")
+	}
+}
+
 func TestJournalGoesToTheConsole(t *testing.T) {
 	root, _ := guest(t)
 	if err := copyJournalToConsole(root); err != nil {

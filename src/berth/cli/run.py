@@ -170,6 +170,15 @@ def _run(options: Options) -> int:
         name, connection = _connect_slow(wanted, options)
     try:
         return _execute(options, name, connection)
+    except AgentError as error:
+        # A machine that was just ending took the connection and greeted nobody, so nothing has been run.
+        if error.agent_code != "unheard":
+            raise
+    finally:
+        connection.close()
+    name, connection = _connect_slow(wanted, options)
+    try:
+        return _execute(options, name, connection)
     finally:
         connection.close()
 

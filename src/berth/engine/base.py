@@ -51,6 +51,10 @@ STOPPED = Liveness("stopped")
 class Engine(Protocol):
     """The seam between `lifecycle` and one isolation. Every method may be called again after a crash."""
 
+    def settle(self, boot: BootConfig) -> BootConfig:
+        """Put in what a machine gets of this isolation where `boot` leaves it open; None stays for "no limit"."""
+        ...
+
     def has_template(self, machine: Machine) -> bool:
         """Say whether the machine's image has been unpacked for this engine."""
         ...
@@ -87,7 +91,7 @@ class Engine(Protocol):
         ...
 
     def end_stray(self, name: MachineName) -> None:
-        """End what runs under the name of a machine whose bundle can't be read any more."""
+        """End what runs under the name of a machine whose bundle can't be read, as far as it is this engine's."""
         ...
 
     def clean(self, machine: Machine) -> None:

@@ -32,6 +32,7 @@ ANNOTATION = "dev.berth.bootstrap"
 
 _PACKAGES = (
     "dbus",  # systemctl and logind speak over it; also with the other inits
+    "kmod",  # a VM's modules
     "udev",  # device units, and persistent names in a VM
     "iproute2", "iputils-ping", "netbase",  # ip, ss, ping; the names in /etc/services and /etc/protocols
     "procps", "passwd", "login",  # ps, top, free; accounts and sessions

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import socket
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import cast
 from berth import files, locks, trees, userns
 from berth.agent import AgentClient, connect
 from berth.agentbinary import find_agent
+from berth.config import BootConfig
 from berth.engine.base import STOPPED, Liveness, Machine
 from berth.engine.crun import cgroups, storage
 from berth.engine.crun.plan import container_id, plan_launch
@@ -76,6 +76,9 @@ class ContainerEngine:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._root = os.geteuid() == 0
+
+    def settle(self, boot: BootConfig) -> BootConfig:
+        return boot
 
     # Templates ----------------------------------------------------------------------------------------------------
 
@@ -318,7 +321,6 @@ class ContainerEngine:
         if record is not None and record.cgroups:
             _sweep("", record.cgroups)
         withdraw(self._layout, name)
-        shutil.rmtree(self._layout.live(name), ignore_errors=True)
 
     def _orphan(self, machine: Machine) -> _Record | None:
         state = self._layout.crun / container_id(machine)

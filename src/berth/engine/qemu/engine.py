@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
 from berth import files
+from berth.config import BootConfig
 from berth.engine.base import STOPPED, Liveness, Machine
-from berth.engine.qemu import disks
+from berth.engine.qemu import disks, sizes
 from berth.engine.qemu.accel import Accelerator, probe
 from berth.engine.qemu.launch import launch, start_keeper
 from berth.engine.qemu.monitor import Monitor
@@ -27,7 +27,7 @@ from berth.kernels.store import Kernels
 from berth.layout import Layout
 from berth.log import log
 from berth.names import MachineName
-from berth.net.network import withdraw
+from berth.net.network import publish, withdraw
 from berth.progress import Progress, Silent
 from berth.units import utc_now
 
@@ -60,10 +60,20 @@ class VmEngine:
         self._layout = layout
         self._root = os.geteuid() == 0
 
+    def settle(self, boot: BootConfig) -> BootConfig:
+        return dataclasses.replace(
+            boot,
+            cpus=boot.cpus or sizes.default_cpus(),
+            memory=boot.memory or sizes.default_memory(),
+            disk=sizes.disk_size(boot.disk),
+        )
+
     # Templates ----------------------------------------------------------------------------------------------------
 
     def has_template(self, machine: Machine) -> bool:
-        return disks.has_template(self._layout, machine.config.image_digest, machine.boot.disk)
+        # A disk that is there stands on the template that it was made on; how large it is to become is no matter.
+        made = disks.find_disk(machine.bundle) is not None
+        return made or disks.has_template(self._layout, machine.config.image_digest, machine.boot.disk)
 
     def make_template(self, machine: Machine, layers: Sequence[tuple[int, str]], progress: Progress) -> None:
         disks.make_template(self._layout, machine.config.image_digest, layers, machine.boot.disk, progress)
@@ -113,7 +123,10 @@ class VmEngine:
             files.make_private_directory(folder)
         try:
             disks.ensure_disk(machine.bundle, machine.config.image_digest, machine.boot.disk)
-            launched = launch(machine, kernel, accelerator, self._layout)
+            settled = dataclasses.replace(machine, boot=self.settle(machine.boot))
+            launched = launch(settled, kernel, accelerator, self._layout)
+            if launched.bridged:
+                publish(self._layout, machine.config.name, machine.address, launched.process.pid, tap=True)
             record = {
                 **launched.process.to_json(), "started": utc_now(), "kernel": kernel.version,
                 "servers": [{"target": target, **server.to_json()} for target, server in launched.servers],
@@ -136,7 +149,8 @@ class VmEngine:
         if record is None or not record.process.is_alive():
             return STOPPED
         keeper = keeper_pid(self._layout, machine)
-        well = keeper is not None and answers(self._layout.agent_socket(machine.config.name))
+        # Without a keeper nobody carries clients; the machine itself runs, and the next command starts a new one.
+        well = keeper is None or answers(self._layout.agent_socket(machine.config.name))
         return Liveness(
             "running" if well else "broken",
             vmm_pid=record.process.pid, keeper_pid=keeper, kernel=record.kernel, started=record.started,
@@ -216,7 +230,6 @@ class VmEngine:
         with contextlib.suppress(StateFormatError):
             self._kill(name)
         withdraw(self._layout, name)
-        shutil.rmtree(self._layout.live(name), ignore_errors=True)
 
     def clean(self, machine: Machine) -> None:
         name = machine.config.name

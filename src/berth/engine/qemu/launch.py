@@ -27,27 +27,31 @@ from berth.kernels.initramfs import check_cpio, document_cpio, make_initramfs
 from berth.kernels.model import Kernel
 from berth.layout import Layout
 from berth.proc import spawn
-from berth.units import GIB
 
 # The sockets that QEMU listens on, in the machine's runtime directory.
 _SOCKETS = ("channel", "console", "serial", "monitor", "keeper-monitor")
 _INIT = ("/sbin/init",)
 _FIRMWARE = ("/usr/share/qemu", "/usr/share/qboot", "/usr/local/share/qemu")
-_DEFAULT_CPUS = 4
-_DEFAULT_MEMORY = 4 * GIB
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Launched:
-    """A VM that has been started. servers: of folders, by their place in it. notes: what it lacks, in words."""
+    """A VM that has been started. servers: of folders, by their place in it. notes: what it lacks, in words.
+
+    bridged: it hangs on the bridge of all machines, by a TAP that QEMU holds.
+    """
 
     process: Process
+    bridged: bool
     servers: tuple[tuple[str, Process], ...]
     notes: tuple[str, ...]
 
 
 def launch(machine: Machine, kernel: Kernel, accelerator: Accelerator, layout: Layout) -> Launched:
-    """Start the machine's processes. Raises BerthError; then none of them runs."""
+    """Start the machine's processes; nothing is left open in its boot configuration.
+
+    Raises BerthError; then only the keeper may be left, which ends by itself.
+    """
     with contextlib.ExitStack() as kept, contextlib.ExitStack() as undo:
         live = layout.live(machine.config.name)
         sockets = {name: kept.enter_context(listening(live / f"{name}.sock", keep=True)) for name in _SOCKETS}
@@ -66,8 +70,8 @@ def launch(machine: Machine, kernel: Kernel, accelerator: Accelerator, layout: L
             arch=_arch(kernel),
             host_arch=host.architecture(),
             accel=accelerator.kind,
-            cpus=machine.boot.cpus or default_cpus(),
-            memory=machine.boot.memory or default_memory(),
+            cpus=_known(machine.boot.cpus),
+            memory=_known(machine.boot.memory),
             virtualization=machine.boot.virtualization,
             kernel_fd=kept.enter_context(_opened(kernel.vmlinux or kernel.image)),
             kernel_is_pvh=kernel.vmlinux is not None,
@@ -89,18 +93,7 @@ def launch(machine: Machine, kernel: Kernel, accelerator: Accelerator, layout: L
         process = _start_qemu(vm, live, owner, accelerator)
         undo.pop_all()
     found = tuple((server.spec.target, server.process) for server in servers)
-    return Launched(process, found, wire.notes)
-
-
-def default_cpus() -> int:
-    """Say how many CPUs a VM gets that was not given a number: the host's, but not so many that all have to be up."""
-    return min(_DEFAULT_CPUS, len(os.sched_getaffinity(0)))
-
-
-def default_memory() -> int:
-    """Say how much memory a VM gets that was not given a size: it returns what it does not use."""
-    half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return max(min(_DEFAULT_MEMORY, half) // GIB, 1) * GIB
+    return Launched(process, wire.nic.kind == "tap", found, wire.notes)
 
 
 def start_keeper(machine: Machine, layout: Layout, agent_socket: socket.socket, *, boot: bool) -> None:
@@ -152,6 +145,11 @@ def _as_nobody(owner: int, accelerator: Accelerator) -> list[str]:
     ]  # fmt: skip
 
 
+def _known(value: int | None) -> int:
+    assert value is not None, "VmEngine.settle leaves nothing open"
+    return value
+
+
 def _arch(kernel: Kernel) -> Arch:
     return "arm64" if kernel.arch == "arm64" else "amd64"
 
@@ -161,18 +159,11 @@ def _document(
 ) -> dict[str, object]:
     """Say what the agent needs to bring the VM up. Source: docs/protocol.md, "The boot document"."""
     address = machine.address
-    mounts = [
-        {
-            "tag": server.spec.tag, "target": server.spec.target, "type": "virtiofs",
-            "readOnly": server.spec.read_only, "file": server.spec.file,
-        }
-        for server in servers
-    ]  # fmt: skip
     vm = {
         "root": "root",
         "modules": None if kernel.modules_disk is None else "modules",
         "check": check,
-        "mounts": mounts,
+        "mounts": [server.spec.to_document() for server in servers],
         "network": {
             "mac": address.mac, "ip": address.ip, "prefix": address.prefix, "gateway": address.gateway,
         },

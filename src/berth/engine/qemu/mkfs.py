@@ -28,7 +28,8 @@ _FEATURES = (
 _BLOCK = 4096
 # Written over and over, so a journal costs its size on every disk, whatever is deleted: mke2fs would take up to 1 GiB.
 _JOURNAL_MIB = 64
-_SMALL_JOURNAL_MIB = 16
+# Growing writes one transaction of 1030 blocks (the reserved descriptors), which may fill a quarter of the journal.
+_SMALL_JOURNAL_MIB = 32
 # Reserves room for as many group descriptors as the format can: mounted, it grows to 8 TiB in place, and beyond that
 # the kernel changes the layout of the rest to meta_bg by itself (ext4_resize_fs).
 _GROWTH = "16T"

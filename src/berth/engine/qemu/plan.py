@@ -128,6 +128,8 @@ def kernel_command_line(arch: str, accel: str) -> str:
         "cryptomgr.notests",
         # An image without udev never gets the serial port's device, and systemd waits 90 s for it.
         "systemd.getty_auto=no",
+        # `quiet` would keep systemd from telling the console, which is a log here, what it starts.
+        "systemd.show_status=yes",
         # There is one interface, and it is eth0.
         "net.ifnames=0",
     ]
@@ -241,7 +243,7 @@ def _consoles(vm: Vm) -> tuple[str, ...]:
         "-chardev", f"socket,id=console,fd={vm.console_fd},server=on,wait=off",
         "-device", "virtconsole,bus=serial0.0,nr=0,chardev=console",
         "-chardev", f"socket,id=channel,fd={vm.channel_fd},server=on,wait=off",
-        "-device", "virtserialport,bus=serial0.0,nr=1,chardev=channel,name=berth.agent",
+        "-device", "virtserialport,id=agent,bus=serial0.0,nr=1,chardev=channel,name=berth.agent",
     )  # fmt: skip
 
 

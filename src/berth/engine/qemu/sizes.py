@@ -1,6 +1,11 @@
-"""Which template a disk gets: pure arithmetic, shared by `templates` and by `mkfs`, which measures the image."""
+"""How large what is: the template that a disk gets, the processors and the memory of a VM that was given no number.
+
+Pure arithmetic but for the host's own size; shared by `engine`, `templates`, and by `mkfs`, which measures the image.
+"""
 
 from __future__ import annotations
+
+import os
 
 from berth.errors import InvalidArgumentError
 from berth.units import GIB, MIB, format_size
@@ -9,6 +14,8 @@ DEFAULT_DISK = 64 * GIB
 # An ext4 file system grows while it is mounted but never shrinks, so a disk needs a template no larger than itself.
 # A few sizes only, so that disks share them; those beyond the default are for images that fit in no smaller one.
 SIZES = tuple(4**power * GIB for power in range(7))  # 1 GiB … 4 TiB
+MOST_CPUS = 4
+MOST_MEMORY = 4 * GIB
 MAX_DISK = 256 * 1024 * GIB  # qcow2's first table is 4 MiB then; ext4 goes further
 BYTES_PER_INODE = 16384  # mke2fs's own habit
 
@@ -59,3 +66,14 @@ def template_size(wanted: int | None, content: int) -> int:
 def _needed(content: int) -> int:
     # A fifth stays free, also of the inodes: a machine that can't write anything is of no use.
     return content + content // 4 + _ROOM
+
+
+def default_cpus() -> int:
+    """Say how many CPUs a VM gets that was not given a number: the host's, but not so many that all have to be up."""
+    return min(MOST_CPUS, len(os.sched_getaffinity(0)))
+
+
+def default_memory() -> int:
+    """Say how much memory a VM gets that was not given a size: it returns what it does not use."""
+    half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return max(min(MOST_MEMORY, half) // GIB, 1) * GIB
