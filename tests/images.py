@@ -17,8 +17,8 @@ from berth import locks, proc
 
 # What a machine needs beyond Debian's minimum: an init, its bus, and the tools that tests use inside.
 SYSTEMD = (
-    "systemd", "systemd-sysv", "dbus", "udev", "kmod", "iproute2", "procps", "passwd", "login", "sudo", "ca-certificates",
-    "netbase",
+    "systemd", "systemd-sysv", "dbus", "udev", "kmod", "iproute2", "procps", "passwd", "login", "sudo",
+    "ca-certificates", "netbase",
 )  # fmt: skip
 _DEADLINE_S = 900.0
 

@@ -22,6 +22,15 @@ def test_a_file_made_inside_is_the_users(person: Person, debian: str, project: P
     assert person.run(debian, "stat", "-c", "%u", "hello.txt", cwd=project).strip() == str(person.uid)
 
 
+def test_what_the_host_changes_is_seen_at_once(person: Person, debian: str, project: Path) -> None:
+    for number in range(10):
+        (project / "state").write_text(f"{number}\n" * (number + 1))
+        said = person.run(debian, "sh", "-c", "cat state; ls", cwd=project)
+        assert said.splitlines()[: number + 1] == [str(number)] * (number + 1)
+        assert f"file-{number - 1}" in said or number == 0
+        (project / f"file-{number}").touch()
+
+
 def test_the_machines_root_owns_nothing_on_the_host(person: Person, debian: str, project: Path) -> None:
     if person.is_root:
         pytest.skip("needs an ordinary user: host root's home is the machine root's, by design")
@@ -47,7 +56,7 @@ def secrets(person: Person) -> Generator[Path]:
         made.append(netrc)
     for path in made:
         for each in (path, *path.glob("*")):
-            os.chown(each, person.uid, -1)
+            os.chown(each, person.uid, person.home.stat().st_gid)
     yield person.home
     for path in made:
         shutil.rmtree(path) if path.is_dir() else path.unlink()

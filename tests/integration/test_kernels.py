@@ -104,8 +104,8 @@ def test_fetched(person: Person, stored: Kernel) -> None:
     assert (stored.modules / "modules.dep").stat().st_size > 1000
     proc.run([str(stored.e2fsck), "-fn", str(stored.modules_disk)])  # a static one runs here as well
     version = stored.version
-    for path in ("/", f"/{version}", f"/{version}/modules.dep", f"/{version}/kernel/drivers/block/virtio_blk.ko"):
-        assert owners(stored.modules_disk, path) == (0, 0)
+    for name in ("/", f"/{version}", f"/{version}/modules.dep", f"/{version}/kernel/drivers/block/virtio_blk.ko"):
+        assert owners(stored.modules_disk, name) == (0, 0)
     for path in (stored.image, stored.modules_disk, stored.e2fsck, *([stored.vmlinux] if stored.vmlinux else [])):
         assert path.stat().st_uid == person.uid
         assert path.stat().st_mode & 0o444 == 0o444

@@ -232,7 +232,8 @@ def test_a_kernel_of_ones_own(layout: Layout, kernels: Kernels, scratch: Path) -
     assert kernel.vmlinux.read_bytes() == kernel.image.read_bytes() == elf()
     assert kernel.image.stat().st_mode & 0o777 == 0o644, "an unprivileged QEMU reads it"
     assert kernels.custom(path) == kernel
-    assert kernels.list() == kernels.problems() == []
+    assert kernels.list() == []
+    assert kernels.problems() == []
     path.write_bytes(arm_image())
     assert kernels.custom(path).arch == "arm64"
     path.write_bytes(b"no kernel")

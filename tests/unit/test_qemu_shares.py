@@ -136,7 +136,7 @@ def test_the_two_kinds_are_told_apart() -> None:
 def test_command_of_the_c_kind() -> None:
     argv = virtiofsd_command(Virtiofsd(Path("/v"), "c", "7.2"), shared="/share", listener=7, read_only=True)
     modes = (
-        "sandbox=chroot,cache=auto,announce_submounts,no_writeback,no_posix_lock,no_flock,no_xattr,"
+        "sandbox=chroot,cache=auto,timeout=0,announce_submounts,no_writeback,no_posix_lock,no_flock,no_xattr,"
         "modcaps=-mknod:-setfcap,log_level=err"
     )
     assert argv == ["/v", "-f", "--fd=7", "-o", "source=/share", "-o", modes, "--rlimit-nofile=0"]

@@ -78,8 +78,10 @@ def virtiofsd_command(daemon: Virtiofsd, *, shared: str, listener: int, read_onl
     It runs as root of a mount namespace that holds little else (`sharing`), and still changes its root directory to
     the folder: no path, no `..` and no link leads out, and links are resolved by the guest anyway.
 
-    - cache=auto: the guest keeps attributes for a second and data while a file is not opened anew. `none` would save
-      that second, but has no shared mmap (sqlite, git, linkers), `always` would never see the host's changes.
+    - cache=auto: the guest keeps data while a file is not opened anew. `none` has no shared mmap (sqlite, git,
+      linkers), `always` would never see the host's changes.
+    - timeout=0: names and attributes are asked for each time, for `echo x > f; berth run cat f` has to see x. The Rust
+      one can't be told so and keeps them for a second.
     - no write-back: what a program in the machine has written, the host sees at once, with the right mtime (make).
     - no remote locks: flock and fcntl hold between the processes of the machine. The daemon can't wait for a lock
       without blocking its queue, and so refuses those that wait: git and sqlite would fail.
@@ -90,8 +92,8 @@ def virtiofsd_command(daemon: Virtiofsd, *, shared: str, listener: int, read_onl
     capabilities = ":".join(f"-{name}" for name in _DROPPED_CAPABILITIES)
     if daemon.kind == "c":
         modes = (
-            "sandbox=chroot", "cache=auto", "announce_submounts", "no_writeback", "no_posix_lock", "no_flock",
-            "no_xattr", f"modcaps={capabilities}", "log_level=err",
+            "sandbox=chroot", "cache=auto", "timeout=0", "announce_submounts", "no_writeback",
+            "no_posix_lock", "no_flock", "no_xattr", f"modcaps={capabilities}", "log_level=err",
         )  # fmt: skip
         return [
             str(daemon.path), "-f", f"--fd={listener}", "-o", f"source={shared}", "-o", ",".join(modes),
