@@ -17,7 +17,7 @@ from berth import files
 from berth.config import BootConfig
 from berth.engine.base import STOPPED, Liveness, Machine
 from berth.engine.qemu import disks, sizes
-from berth.engine.qemu.accel import Accelerator, probe
+from berth.engine.qemu.accel import Accelerator, probe, require_qemu
 from berth.engine.qemu.launch import launch, start_keeper
 from berth.engine.qemu.monitor import Monitor
 from berth.engine.running import Process, answers, await_agent, boot_error, end_keeper, keeper_pid, listening, texts
@@ -97,6 +97,7 @@ class VmEngine:
                 log.debug("machine '%s' did not boot in time: once more", machine.config.name)
 
     def _accelerator(self, machine: Machine, arch: str) -> Accelerator:
+        require_qemu(arch)
         accelerator = probe(self._layout, arch)
         if machine.boot.virtualization and not accelerator.nested:
             raise UnsupportedError(
