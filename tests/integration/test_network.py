@@ -42,6 +42,7 @@ def test_the_address_stays(person: Person, machine: Callable[..., str]) -> None:
     assert person.inspect(name)["ipAddress"] == before
 
 
+@pytest.mark.container("a VM installs nginx over it, in test_services.py")
 def test_the_way_out(person: Person, debian: str) -> None:
     """The package mirror is reached from inside, with the names that the host's resolver gives."""
     need("mirror")
