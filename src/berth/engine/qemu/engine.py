@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -218,6 +218,10 @@ class VmEngine:
 
     def kill(self, machine: Machine) -> None:
         self._kill(machine.config.name)
+        if not disks.was_clean(machine.bundle):
+            # A launcher may have been killed after QEMU's start and before the record of it.
+            for process in _find_orphans(machine.config.id):
+                process.kill(_KILL_S)
 
     def _kill(self, name: MachineName) -> None:
         record = self._load_record(name)
@@ -242,6 +246,18 @@ class VmEngine:
         for entry in _TRANSIENT:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 (self._layout.live(name) / entry).unlink()
+
+
+def _find_orphans(identity: str) -> Iterator[Process]:
+    """Find the QEMU of a machine by the name that it was given."""
+    name = f"berth-{identity[:12]},".encode()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if b"-sandbox" in words and any(word.startswith(name) for word in words):
+                process = Process.of(int(entry.name))
+                if process is not None:
+                    yield process
 
 
 def _tail(path: Path) -> str:
