@@ -126,14 +126,14 @@ class VmEngine:
             disks.ensure_disk(machine.bundle, machine.config.image_digest, machine.boot.disk)
             settled = dataclasses.replace(machine, boot=self.settle(machine.boot))
             launched = launch(settled, kernel, accelerator, self._layout)
-            if launched.bridged:
-                publish(self._layout, machine.config.name, machine.address, launched.process.pid, tap=True)
             record = {
                 **launched.process.to_json(), "started": utc_now(), "kernel": kernel.version,
                 "servers": [{"target": target, **server.to_json()} for target, server in launched.servers],
                 "limits": list(launched.notes),
             }  # fmt: skip
             files.save_json(live / "vm.json", record, schema=_SCHEMA)
+            if launched.bridged:
+                publish(self._layout, machine.config.name, machine.address, launched.process.pid, tap=True)
             await_agent(machine, progress, _READY_S[accelerator.kind])
         except BaseException as error:
             said = _tail(live / "qemu.log")
