@@ -93,6 +93,16 @@ def test_what_was_synced_outlives_a_killed_qemu(person: Person, machine: Callabl
     ).strip() in ("0", "")
 
 
+def test_a_qemu_that_nobody_recorded_is_ended(person: Person, machine: Callable[..., str]) -> None:
+    """As when the launcher is killed right after it has started QEMU."""
+    name = machine()
+    stray = person.main_pid(name)
+    (person.layout.live(name) / "vm.json").unlink()  # type: ignore[arg-type]
+    assert person.run(name, "echo", "again") == "again\n"
+    assert person.main_pid(name) != stray
+    assert not Path(f"/proc/{stray}/exe").exists()
+
+
 def test_a_panic_ends_it_and_is_told(person: Person, machine: Callable[..., str]) -> None:
     name = machine()
     person.try_berth("run", "-n", name, "--root", "--", "sh", "-c", "sync; echo c > /proc/sysrq-trigger")
