@@ -1,4 +1,4 @@
-"""Registries by the distribution-spec; docs/registries.md tells the rules. `images` and cli use `pull`, `push`, `login`.
+"""Registries by the distribution-spec. docs/registries.md tells the rules; `images` and `cli` use the last three.
 
     hosts        registries.toml: mirrors, insecure registries, CAs -> endpoints
     authfile     docker's and podman's files of credentials, and credential helpers

@@ -99,7 +99,7 @@ class Client:
     def unreachable(self, error: ContactError) -> RegistryError:
         hint = error.hint
         if error.not_tls:
-            hint = f'if it is meant to be plain HTTP, in registries.toml: [registry."{self.endpoint.name}"] insecure = true'
+            hint = f'where plain HTTP is meant, in registries.toml: [registry."{self.endpoint.name}"] insecure = true'
         return RegistryError(f"can't reach {self.where}: {error}", hint=hint)
 
     def _find_place(self) -> Place:

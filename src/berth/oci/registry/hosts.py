@@ -1,6 +1,6 @@
 """Where a registry is reached and how far it is trusted: registries.toml, certs.d. Owns both; layer 2.
 
-Sources: certificates: docker's and podman's certs.d. What may be plain HTTP without being asked: loopback, as in docker.
+Sources: certificates: docker's and podman's certs.d. Loopback may be plain HTTP without being asked, as in docker.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _parse(document: Mapping[str, object]) -> Registries:
         raise ValueError(f"parallel-layers is a number from 1 to {_PARALLEL_MAX}")
     tables = document.get("registry", {})
     if not isinstance(tables, dict):
-        raise ValueError('registry is a table: write [registry."HOST"]')
+        raise ValueError('registry is a table: write [registry."HOST"]')  # noqa: TRY004 (as the rest of what is wrong)
     found = {canonical(name): _parse_registry(name, table) for name, table in cast("dict[str, object]", tables).items()}
     return Registries(parallel, found)
 
@@ -144,7 +144,7 @@ def _parse_registry(name: str, table: object) -> Registry:
     if not isinstance(mirrors, list) or not all(_is_mirror(item) for item in cast("list[object]", mirrors)):
         raise ValueError(f'registry."{name}": mirrors is a list of "HOST[:PORT][/PREFIX]"')
     if not isinstance(insecure, bool):
-        raise ValueError(f'registry."{name}": insecure is true or false')
+        raise ValueError(f'registry."{name}": insecure is true or false')  # noqa: TRY004 (likewise)
     if not (ca is None or (isinstance(ca, str) and ca)):
         raise ValueError(f'registry."{name}": ca is the path of a file')
     return Registry(tuple(cast("list[str]", mirrors)), insecure, Path(ca).expanduser() if ca else None)

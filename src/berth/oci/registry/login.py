@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from berth.errors import RegistryError
 from berth.oci.registry.authfile import Credentials, remove_credentials, save_credentials
 from berth.oci.registry.client import Client
 from berth.oci.registry.hosts import load_registries, parse_host
@@ -32,11 +31,3 @@ def login(host: str, username: str, password: str, *, registries: Path) -> str:
 def logout(host: str) -> list[str]:
     """Forget the credentials for a registry; return the places that had some. Raises InvalidArgumentError."""
     return remove_credentials(parse_host(host))
-
-
-def check_password(password: str, host: str) -> str:
-    """Return a password as it was typed or piped, without the end of its line."""
-    password = password.removesuffix("\n").removesuffix("\r")
-    if not password:
-        raise RegistryError(f"no password was given for registry {host}")
-    return password

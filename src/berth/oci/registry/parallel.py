@@ -30,7 +30,7 @@ def in_parallel(
 ) -> None:
     """Do `work` for every item, some at once. The first error, or an interruption, ends the others and is raised.
 
-    tick: called by the calling thread every now and then, and at the end. stop: makes work that waits end with an error.
+    tick: called by the calling thread, now and then and at the end. stop: makes work that waits end with an error.
     """
     waiting: queue.SimpleQueue[T] = queue.SimpleQueue()
     outcomes: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()

@@ -10,6 +10,7 @@ import http.client
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from berth.errors import BerthError, ImageFormatError, NotFoundError, RegistryError
 from berth.log import log
@@ -109,8 +110,9 @@ class _Pull:
         raise AssertionError("the last endpoint returns or raises")
 
     def _say(self, count: int, fetched: int) -> None:
-        here = f", {count - fetched} of its {count} layers are here already" if fetched < count else ""
-        self._progress.step(f"pulling {self._reference.familiar}{here}")
+        if fetched < count:
+            here = f"{count - fetched} of its {count} layers are here already"
+            self._progress.step(f"pulling {self._reference.familiar}, {here}")
 
     def _check_room(self, total: int) -> None:
         status = os.statvfs(self._ingest.path)
@@ -240,12 +242,10 @@ class _Remote:
 def _media_type(data: bytes, said: str, where: str) -> str:
     """Return what a document is: it says so itself, or else the response's header. Source: manifest.md, mediaType."""
     document = spec.parse_json(data, where=where)
-    match document:
-        case {"schemaVersion": 1}:
-            raise ImageFormatError(f"{where}: a docker schema 1 manifest, which nobody writes since 2017")
-        case {"manifests": _, "layers": _}:
-            raise ImageFormatError(f"{where}: it is an index and a manifest at once")
-        case {"mediaType": str(media_type)}:
-            return media_type
-        case _:
-            return said
+    members = cast("dict[str, object]", document) if isinstance(document, dict) else {}
+    if members.get("schemaVersion") == 1:
+        raise ImageFormatError(f"{where}: a docker schema 1 manifest, which nobody writes since 2017")
+    if "manifests" in members and "layers" in members:
+        raise ImageFormatError(f"{where}: it is an index and a manifest at once")
+    media_type = members.get("mediaType")
+    return media_type if isinstance(media_type, str) else said

@@ -20,7 +20,6 @@ import ssl
 import threading
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -50,6 +49,7 @@ _ATTEMPTS = 5
 _BACK_OFF_S = 0.5  # doubled with each attempt
 _WAIT_MAX_S = 60.0  # who asks for more (Retry-After) is told to the person instead
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
+_HEADERS = {"User-Agent": f"berth/{VERSION}", "Accept-Encoding": "identity"}
 _IDLE_MAX = 8  # connections kept
 _DRAINED_MAX = 64 * 1024  # bytes read to no end, to keep a connection
 

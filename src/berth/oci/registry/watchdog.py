@@ -1,4 +1,4 @@
-"""An eye on every exchange: whoever is slower than a floor, wherever it hangs, is cut off. Used by `registry` only; layer 2.
+"""An eye on every exchange: whoever is slower than a floor, wherever it hangs, is cut off. For `registry` only.
 
 A socket's own time-out begins anew with each byte, so it bounds neither a header nor a chunk that drips in.
 """
