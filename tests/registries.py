@@ -256,7 +256,7 @@ class Exchange(http.server.BaseHTTPRequestHandler):
             self.answer(200, b"{}")
         elif match[2] == "manifests":
             self._serve_manifest(f"{match[1]}/{match[3]}")
-        elif match[2] == "blobs" and match[3] == "uploads":
+        elif match[2] == "blobs/uploads" and not match[3]:
             self._begin_upload(match[1])
         elif match[2] == "blobs":
             self._serve_blob(match[3])

@@ -117,9 +117,7 @@ def test_pull_asks_what_the_name_means_now(registry: FakeRegistry, images: Image
 
 def test_the_platform_is_chosen_from_an_index(registry: FakeRegistry, images: Images) -> None:
     found = {name: registry.put_image(f"dev:{name}", name.encode(), architecture=name) for name in ("amd64", "arm64")}
-    entries = [
-        {**item.to_json(), "platform": {"os": "linux", "architecture": name}} for name, item in found.items()
-    ]
+    entries = [{**item.to_json(), "platform": {"os": "linux", "architecture": name}} for name, item in found.items()]
     inner = registry.put_index("dev:inner", *entries)
     registry.put_index("dev:latest", inner.to_json())
     arm = images.ensure(f"{registry.host}/dev", platform="linux/arm64")
@@ -342,9 +340,11 @@ def test_wrong_blobs(
 def test_another_part_than_asked_for(registry: FakeRegistry, images: Images) -> None:
     registry.put_image("dev:1", b"x" * 5000)
     registry.behaviours.append(
-        lambda exchange: "/blobs/" in exchange.path
-        and len(registry.blobs[exchange.path.rpartition("/")[2]]) == 5000
-        and exchange.answer(206, b"x" * 5000, content_range="bytes 7-5006/9999")
+        lambda exchange: (
+            "/blobs/" in exchange.path
+            and len(registry.blobs[exchange.path.rpartition("/")[2]]) == 5000
+            and exchange.answer(206, b"x" * 5000, content_range="bytes 7-5006/9999")
+        )
     )
     with pytest.raises(RegistryError, match="sends another part"):
         images.ensure(f"{registry.host}/dev:1")
@@ -478,9 +478,7 @@ def test_what_is_no_http(images: Images) -> None:
             images.ensure(f"{registry.host}/dev:1")
 
 
-def test_an_interrupted_pull_ends_at_once(
-    registry: FakeRegistry, images: Images, layout: Layout
-) -> None:
+def test_an_interrupted_pull_ends_at_once(registry: FakeRegistry, images: Images, layout: Layout) -> None:
     """Ctrl-C arrives in the thread that shows the progress."""
     registry.put_image("dev:1", b"x" * 1000, b"y" * 1000)
 
@@ -488,7 +486,13 @@ def test_an_interrupted_pull_ends_at_once(
         def advance(self, done: int, total: int | None) -> None:
             raise KeyboardInterrupt
 
-    registry.behaviours.append(lambda exchange: "/blobs/" in exchange.path and len(registry.blobs[exchange.path.rpartition("/")[2]]) == 1000 and bool(time.sleep(1)))
+    registry.behaviours.append(
+        lambda exchange: (
+            "/blobs/" in exchange.path
+            and len(registry.blobs[exchange.path.rpartition("/")[2]]) == 1000
+            and bool(time.sleep(1))
+        )
+    )
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         images.ensure(f"{registry.host}/dev:1", progress=Interrupted())

@@ -59,14 +59,18 @@ BROKEN = (OSError, http.client.HTTPException, ValueError)
 
 @dataclasses.dataclass(slots=True)
 class Request:
-    """One request. body: gives the bytes anew for each attempt; length goes into Content-Length."""
+    """One request. body: gives the bytes anew for each attempt; length goes into Content-Length.
+
+    document: the answer is one, and has DOCUMENT_S for all of it. once: what has arrived of it must not arrive again.
+    """
 
     method: str
     url: str
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     body: Callable[[], Iterable[bytes]] | None = None
     length: int = 0
-    document: bool = False  # the answer is one: it has DOCUMENT_S for all of it
+    document: bool = False
+    once: bool = False
 
 
 class Transport:
@@ -95,7 +99,7 @@ class Transport:
     def send(self, request: Request) -> Generator[Response]:
         """Send a request, again and again where that may help; the response ends with the block.
 
-        Raises ContactError when the place was never reached, else RegistryError.
+        Raises ContactError when the place was never reached, else RegistryError; what is sent once, one of BROKEN.
         """
         response = self._send(request)
         try:
@@ -105,10 +109,12 @@ class Transport:
 
     def _send(self, request: Request) -> Response:
         for attempt in range(1, _ATTEMPTS + 1):
-            last = attempt == _ATTEMPTS
+            last = attempt == _ATTEMPTS or request.once
             try:
                 response = self._exchange(request)
             except BROKEN as error:
+                if request.once:
+                    raise
                 if last:
                     raise RegistryError(f"the connection to {host_of(request.url)} broke: {explain(error)}") from error
                 log.debug("registry: %s %s: %s", request.method, shown(request.url), explain(error))
@@ -147,7 +153,7 @@ class Transport:
                 return self._talk(place, connection, request)
             except BaseException as error:
                 connection.close()
-                if not kept or not isinstance(error, (ConnectionError, http.client.RemoteDisconnected)):
+                if not kept or request.once or not isinstance(error, ConnectionError):
                     raise
 
     def _talk(self, place: Place, connection: _Connection, request: Request) -> Response:
