@@ -212,7 +212,7 @@ class Exchange(http.server.BaseHTTPRequestHandler):
             return
         super().handle()
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+    def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
 
     def answer(self, status: int, body: bytes = b"", **headers: str) -> bool:
@@ -244,7 +244,7 @@ class Exchange(http.server.BaseHTTPRequestHandler):
             return
         self.serve()
 
-    do_GET = do_HEAD = do_POST = do_PATCH = do_PUT = work
+    do_GET = do_HEAD = do_POST = do_PATCH = do_PUT = work  # noqa: N815 (the names that http.server looks for)
 
     def serve(self) -> None:
         """Be a good registry."""

@@ -1,4 +1,4 @@
-"""Registries against the world: Debian's docker-registry on loopback; skopeo and podman as other writers and readers."""
+"""Registries against the world: Debian's docker-registry on loopback, skopeo and umoci as other writers and readers."""
 
 from __future__ import annotations
 

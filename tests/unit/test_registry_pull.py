@@ -460,11 +460,12 @@ def test_a_manifest_with_another_digest(registry: FakeRegistry, images: Images) 
 
 
 def test_more_than_the_disk_has(registry: FakeRegistry, images: Images, layout: Layout) -> None:
-    manifest = {
+    config = b'{"os":"linux","architecture":"amd64","rootfs":{"diff_ids":["sha256:' + b"0" * 64 + b'"]}}'
+    manifest: dict[str, object] = {
         "schemaVersion": 2,
-        "config": {**registry.put_blob(b'{"os":"linux","architecture":"amd64","rootfs":{"diff_ids":["sha256:' + b"0" * 64 + b'"]}}').to_json(), "mediaType": spec.CONFIG},
+        "config": {**registry.put_blob(config).to_json(), "mediaType": spec.CONFIG},
         "layers": [{"mediaType": spec.LAYER, "digest": "sha256:" + "1" * 64, "size": 10**17}],
-    }  # fmt: skip
+    }
     registry.put_document("dev:1", manifest, spec.MANIFEST)
     with pytest.raises(BerthError, match=r"it takes 9\d*T, and there are"):
         images.ensure(f"{registry.host}/dev:1")
@@ -484,6 +485,7 @@ def test_an_interrupted_pull_ends_at_once(registry: FakeRegistry, images: Images
 
     class Interrupted(Heard):
         def advance(self, done: int, total: int | None) -> None:
+            super().advance(done, total)
             raise KeyboardInterrupt
 
     registry.behaviours.append(

@@ -72,7 +72,8 @@ class Client:
             for refused in range(_REFUSALS_MAX + 1):
                 authorization = self._authorizer.header(scopes) if self._is_ours(url) else ""
                 given = {"Authorization": authorization} if authorization else {}
-                request = Request(method, url, {**(headers or {}), **given}, body, length, document, once=method == "PATCH")
+                sent = {**(headers or {}), **given}
+                request = Request(method, url, sent, body, length, document, once=method == "PATCH")
                 response = self._enter(stack, request)
                 if response.status != 401 or not self._is_ours(response.url) or refused == _REFUSALS_MAX:
                     break
