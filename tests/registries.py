@@ -17,9 +17,14 @@ import urllib.parse
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
+import pytest
+
 from berth import proc
 from berth.oci import spec
 from berth.oci.digest import digest_of
+from berth.oci.registry import transport
+from berth.oci.registry.hosts import is_loopback
+from berth.oci.registry.sockets import ContactError
 from berth.oci.spec import Descriptor, ImageConfig, Platform
 
 USER, PASSWORD = "somebody", "s3cret"
@@ -323,6 +328,18 @@ class Exchange(http.server.BaseHTTPRequestHandler):
                 return
             left -= len(chunk)
             yield chunk
+
+
+def refuse_the_world(patch: pytest.MonkeyPatch) -> None:
+    """Have every place but loopback be out of reach, as on a host without a network."""
+    reach = transport.open_socket
+
+    def open_socket(host: str, port: int) -> socket.socket:
+        if not is_loopback(host):
+            raise ContactError("its name can't be resolved")
+        return reach(host, port)
+
+    patch.setattr(transport, "open_socket", open_socket)
 
 
 def clear_environment(patch: Callable[[str], None], set_home: Callable[[str, str], None], home: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
 import tracemalloc
 from collections.abc import Generator
@@ -15,7 +16,7 @@ from berth.errors import BerthError, ImageFormatError, NotFoundError, RegistryEr
 from berth.images import Images
 from berth.layout import Layout
 from berth.oci import spec
-from berth.oci.registry import pull, transport
+from berth.oci.registry import pull, sockets, transport
 from registries import Exchange, FakeRegistry, clear_environment
 from tars import rootfs
 
@@ -219,12 +220,35 @@ def test_what_is_not_there(registry: FakeRegistry, images: Images) -> None:
         images.ensure(f"{registry.host}/dev:1")
 
 
-def test_nobody_there_is_known_at_once(images: Images) -> None:
+def test_nobody_there_is_known_at_once(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be it a port that nobody listens at, a name server that is silent, or addresses that swallow all."""
+    monkeypatch.setattr(sockets, "CONNECT_S", 0.5)
     began = time.monotonic()
-    for host in ("127.0.0.1:1", "nobody.invalid", "192.0.2.1"):
-        with pytest.raises(RegistryError, match=f"can't reach registry {host}"):
-            images.ensure(f"{host}/dev:1")
-    assert time.monotonic() - began < 12
+    with pytest.raises(RegistryError, match=r"can't reach registry 127\.0\.0\.1:1: connection refused"):
+        images.ensure("127.0.0.1:1/dev:1")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **_options: time.sleep(1.5))
+    with pytest.raises(RegistryError, match=r"can't reach registry silent\.test: its name can't be resolved"):
+        images.ensure("silent.test/dev:1")
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        address = deaf.getsockname()
+        # Its queue is full: the kernel drops what else comes.
+        waiting = [_begin_to_connect(address) for _ in range(3)]
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address)] * 12
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **_options: found)
+        with pytest.raises(RegistryError, match=r"can't reach registry deaf\.test:\d+: no answer in time"):
+            images.ensure(f"deaf.test:{address[1]}/dev:1")
+        for sock in waiting:
+            sock.close()
+    assert time.monotonic() - began < 3
+
+
+def _begin_to_connect(address: tuple[str, int]) -> socket.socket:
+    sock = socket.socket()
+    sock.setblocking(False)
+    sock.connect_ex(address)
+    return sock
 
 
 # Mirrors
