@@ -22,7 +22,7 @@ import pytest
 from berth import proc
 from berth.oci import spec
 from berth.oci.digest import digest_of
-from berth.oci.registry import transport
+from berth.oci.registry import sockets, transport
 from berth.oci.registry.hosts import is_loopback
 from berth.oci.registry.sockets import ContactError
 from berth.oci.spec import Descriptor, ImageConfig, Platform
@@ -73,11 +73,11 @@ def docker_registry(folder: Path, *, tls: bool = False, login: bool = False, pro
 
 
 def make_certificate(folder: Path) -> tuple[Path, Path]:
-    """Make a certificate for 127.0.0.1 and localhost that is its own CA."""
+    """Make a certificate for 127.0.0.1, localhost and registry.test that is its own CA."""
     certificate, key = folder / "certificate.pem", folder / "key.pem"
     proc.run([
         "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-        "-subj", "/CN=berth tests", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost",
+        "-subj", "/CN=berth tests", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost,DNS:registry.test",
         "-keyout", str(key), "-out", str(certificate),
     ])  # fmt: skip
     return certificate, key
@@ -332,7 +332,7 @@ class Exchange(http.server.BaseHTTPRequestHandler):
 
 def refuse_the_world(patch: pytest.MonkeyPatch) -> None:
     """Have every place but loopback be out of reach, as on a host without a network."""
-    reach = transport.open_socket
+    reach = sockets.open_socket
 
     def open_socket(host: str, port: int) -> socket.socket:
         if not is_loopback(host):

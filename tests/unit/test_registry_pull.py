@@ -5,22 +5,27 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import ssl
+import threading
 import time
 import tracemalloc
 from collections.abc import Generator
 from pathlib import Path
+from typing import TypeVar, cast
 
 import pytest
 
+from berth import proc
 from berth.errors import BerthError, ImageFormatError, NotFoundError, RegistryError
 from berth.images import Images
 from berth.layout import Layout
 from berth.oci import spec
 from berth.oci.registry import pull, sockets, transport
-from registries import Exchange, FakeRegistry, clear_environment
+from registries import Exchange, FakeRegistry, clear_environment, make_certificate
 from tars import rootfs
 
 MIB = 1024 * 1024
+T = TypeVar("T")
 
 
 class Heard:
@@ -226,7 +231,7 @@ def test_nobody_there_is_known_at_once(images: Images, monkeypatch: pytest.Monke
     began = time.monotonic()
     with pytest.raises(RegistryError, match=r"can't reach registry 127\.0\.0\.1:1: connection refused"):
         images.ensure("127.0.0.1:1/dev:1")
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **_options: time.sleep(1.5))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **_options: _wait(1.5, []))
     with pytest.raises(RegistryError, match=r"can't reach registry silent\.test: its name can't be resolved"):
         images.ensure("silent.test/dev:1")
     with socket.socket() as deaf:
@@ -242,6 +247,11 @@ def test_nobody_there_is_known_at_once(images: Images, monkeypatch: pytest.Monke
         for sock in waiting:
             sock.close()
     assert time.monotonic() - began < 3
+
+
+def _wait(seconds: float, found: T) -> T:
+    time.sleep(seconds)
+    return found
 
 
 def _begin_to_connect(address: tuple[str, int]) -> socket.socket:
@@ -468,7 +478,7 @@ def test_an_index_in_a_loop(registry: FakeRegistry, images: Images) -> None:
     ],
 )
 def test_documents_that_are_none(registry: FakeRegistry, images: Images, document: object, message: str) -> None:
-    data = spec.encode_json(document) if document else b"[]"  # pyright: ignore[reportArgumentType]
+    data = spec.encode_json(cast("dict[str, object]", document)) if document else b"[]"
     kind = spec.MANIFEST if document else "text/html"
     registry.behaviours.append(lambda exchange: exchange.answer(200, data, content_type=kind))
     with pytest.raises(ImageFormatError, match=message):
@@ -516,7 +526,7 @@ def test_an_interrupted_pull_ends_at_once(registry: FakeRegistry, images: Images
         lambda exchange: (
             "/blobs/" in exchange.path
             and len(registry.blobs[exchange.path.rpartition("/")[2]]) == 1000
-            and bool(time.sleep(1))
+            and _wait(1, False)
         )
     )
     began = time.monotonic()
@@ -524,3 +534,57 @@ def test_an_interrupted_pull_ends_at_once(registry: FakeRegistry, images: Images
         images.ensure(f"{registry.host}/dev:1", progress=Interrupted())
     assert time.monotonic() - began < 0.9
     assert left_in(layout) == []
+
+
+# Proxies
+
+
+def serve_proxy(server: socket.socket, target: tuple[str, int], heads: list[bytes]) -> None:
+    """Be an HTTP proxy for one connection, which leads to `target` whatever is asked for."""
+    client, _ = server.accept()
+    with client:
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += client.recv(1)
+        heads.append(head)
+        with socket.create_connection(target) as far:
+            client.sendall(b"HTTP/1.1 200 Connection established\r\nX-Proxy: tests\r\n\r\n")
+            back = threading.Thread(target=relay, args=(far, client))
+            back.start()
+            relay(client, far)
+            back.join()
+
+
+def relay(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            sink.sendall(data)
+    with contextlib.suppress(OSError):
+        sink.shutdown(socket.SHUT_WR)
+
+
+def test_a_proxy_and_an_own_ca(images: Images, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if proc.find_program("openssl") is None:
+        pytest.skip("needs openssl")
+    certificate, key = make_certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    layout.config.mkdir()
+    layout.registries.write_text(f'parallel-layers = 1\n[registry."registry.test"]\nca = "{certificate}"\n')
+    heads: list[bytes] = []
+    with FakeRegistry().serving(context) as registry, socket.socket() as server:
+        registry.put_image("dev:1", b"x")
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        host, _, port = registry.host.partition(":")
+        proxy = threading.Thread(target=serve_proxy, args=(server, (host, int(port)), heads))
+        proxy.start()
+        monkeypatch.setenv("HTTPS_PROXY", f"http://me:pa%40ss@127.0.0.1:{server.getsockname()[1]}")
+        assert images.ensure("registry.test/dev:1").problem == ""
+        proxy.join()
+    lines = heads[0].decode().split("\r\n")
+    assert lines[0] == "CONNECT registry.test:443 HTTP/1.1"
+    assert "Proxy-Authorization: Basic bWU6cGFAc3M=" in lines
+    monkeypatch.setenv("HTTPS_PROXY", "socks5://127.0.0.1:1")
+    with pytest.raises(RegistryError, match="a proxy of the kind 'socks5'"):
+        images.ensure("registry.test/dev:2")

@@ -76,10 +76,8 @@ def test_what_another_repository_has_is_mounted(registry: FakeRegistry, images: 
 def test_a_registry_that_mounts_nothing(registry: FakeRegistry, images: Images, image: str) -> None:
     images.push(image, f"{registry.host}/base:1")
     images.pull(f"{registry.host}/base:1")
-    registry.behaviours += [
-        lambda exchange: exchange.command == "HEAD" and exchange.answer(404),
-        lambda exchange: "mount=" in exchange.path and exchange.answer(403),
-    ]
+    registry.behaviours.append(lambda exchange: exchange.command == "HEAD" and exchange.answer(404))
+    registry.behaviours.append(lambda exchange: "mount=" in exchange.path and exchange.answer(403))
     images.push(image, f"{registry.host}/team/dev:1")
     assert "team/dev/1" in registry.manifests
 

@@ -6,6 +6,7 @@ Source: OCI distribution-spec v1.1, "Pulling manifests", "Pulling blobs".
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import os
 from collections.abc import Sequence
@@ -53,10 +54,8 @@ def pull(
         stack.callback(watchdog.stop)
         clients: list[Client] = []
         for endpoint in config.endpoints(name):
-            found = Client(
-                endpoint, repository, watchdog,
-                lambda host=endpoint.name, path=endpoint.prefix + repository: find_credentials(host, path),
-            )  # fmt: skip
+            find = functools.partial(find_credentials, endpoint.name, endpoint.prefix + repository)
+            found = Client(endpoint, repository, watchdog, find)
             stack.callback(found.close)
             clients.append(found)
         work = _Pull(reference, clients, ingest, progress)
