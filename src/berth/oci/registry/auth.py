@@ -85,7 +85,7 @@ class Authorizer:
             elif "basic" in challenges and not used:
                 self._basic = self._make_basic()
             else:
-                raise self.denied()
+                raise self.denied("the user name or the password is wrong" if used else "")
 
     def denied(self, why: str = "") -> RegistryError:
         return RegistryError(
