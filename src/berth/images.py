@@ -19,6 +19,7 @@ from berth.errors import (
     InvalidArgumentError,
     InvalidStateError,
     NotFoundError,
+    RegistryError,
 )
 from berth.layout import Layout
 from berth.names import ImageReference, parse_reference
@@ -72,6 +73,7 @@ class Images:
 
     def __init__(self, layout: Layout) -> None:
         self._store = Store(layout.images)
+        self._registries = layout.registries
 
     def ensure(self, reference: str, *, platform: str | None = None, progress: Progress | None = None) -> StoredImage:
         """Return the image, brought into the store if it is not there.
@@ -91,6 +93,43 @@ class Images:
             with contextlib.suppress(NotFoundError):
                 return self.find(reference)
         return self._fetch(parsed, wanted, progress)
+
+    def pull(self, reference: str, *, platform: str | None = None, progress: Progress | None = None) -> StoredImage:
+        """Bring an image as its registry has it now; what the store has of it is not fetched again.
+
+        What is stored stays, with a note, when the registry can't say; from elsewhere than a registry it is `ensure`.
+        """
+        parsed = parse_reference(reference) if _is_name(reference) else None
+        if parsed is None or parsed.transport != "docker":
+            return self.ensure(reference, platform=platform, progress=progress)
+        wanted = spec.parse_platform(platform) if platform else None
+        progress = progress or Silent()
+        stored = self._find_name(str(parsed))
+        if stored is None or stored.problem or not _is_current(stored, parsed, wanted):
+            return self.ensure(reference, platform=platform, progress=progress)
+        try:
+            return self._fetch(parsed, wanted, progress, bootstrapped=False)
+        except RegistryError as error:
+            progress.note(f"{error.message}; '{parsed.familiar}' stays as it is in the store")
+            return stored
+
+    def push(self, reference: str, destination: str | None = None, *, progress: Progress | None = None) -> str:
+        """Put an image of the store into the registry that `destination`, else its reference, names; return that name.
+
+        Raises NotFoundError, ImageFormatError, InvalidArgumentError, and RegistryError.
+        """
+        from berth.oci.registry.push import Outgoing, push
+
+        image = self.find(reference)
+        target = parse_reference(_storable(destination or image.reference or reference))
+        descriptor, manifest = self._descriptor(image), self._manifest(image)
+        with contextlib.ExitStack() as stack:
+            with self._store.shared():
+                blobs = {blob.digest: (blob, self._opened(stack, blob)) for blob in (manifest.config, *manifest.layers)}
+            known = self._known_at(target.path.partition("/")[0])
+            outgoing = Outgoing(descriptor, self._store.read(descriptor), blobs, known)
+            push(target, outgoing, progress=progress or Silent(), registries=self._registries)
+        return str(target)
 
     def find(self, reference: str) -> StoredImage:
         """Look an image up by reference, digest, or the beginning of a digest that fits one image only.
@@ -249,15 +288,39 @@ class Images:
 
     # What is private
 
-    def _fetch(self, reference: ImageReference, platform: Platform | None, progress: Progress) -> StoredImage:
+    def _opened(self, stack: contextlib.ExitStack, blob: Descriptor) -> int:
+        fd = self._store.open(blob)
+        stack.callback(os.close, fd)
+        return fd
+
+    def _known_at(self, registry: str) -> Mapping[Digest, Names]:
+        """Say which repositories of a registry should have which blobs: images of that name came from there."""
+        known: dict[Digest, Names] = {}
+        for entry in self._store.entries():
+            host, _, rest = entry.annotations.get(spec.REF_NAME, "").partition("/")
+            if host != registry or entry.media_type not in spec.MANIFESTS:
+                continue
+            with contextlib.suppress(ImageFormatError, InvalidArgumentError):
+                repository = parse_reference(f"{host}/{rest}").path.partition("/")[2]
+                for layer in self._store.manifest(entry).layers:
+                    known.setdefault(layer.digest, []).append(repository)
+        return known
+
+    def _fetch(
+        self, reference: ImageReference, platform: Platform | None, progress: Progress, *, bootstrapped: bool = True
+    ) -> StoredImage:
+        """Bring an image in. bootstrapped: a distribution is, where its registry can't be reached."""
         from berth.oci.fetch import fetch
 
         name = str(reference)
-        # A root file system tells by itself how far its archive is read, and knows the total.
-        copied = progress.advance if reference.transport != "rootfs" else Silent().advance
+        # Root file systems and registries tell by themselves how far they are, and know the total.
+        copied = progress.advance if reference.transport not in ("rootfs", "docker") else Silent().advance
         with self._store.ingest(copied) as ingest:
             fingerprint = _fingerprint(reference)  # before it is read: a change after that is seen the next time
-            manifest = fetch(reference, ingest, platform=platform, progress=progress)
+            manifest = fetch(
+                reference, ingest, platform=platform, progress=progress, registries=self._registries,
+                bootstrapped=bootstrapped,
+            )  # fmt: skip
             source = {_SOURCE: fingerprint} if fingerprint else {}
             ingest.commit(dataclasses.replace(manifest, annotations=source), [name])
         found = self._find_name(name)

@@ -29,6 +29,11 @@ class Layout:
         """Read the roots from the environment by the XDG rules; root's are /var/lib, /run, /etc, /var/cache."""
         return cls(*(Path(fastpath.root(kind)) for kind in ("DATA", "RUNTIME", "CONFIG", "CACHE")))
 
+    # Mirrors, insecure registries, CAs: the person's own file (docs/registries.md).
+    @property
+    def registries(self) -> Path:
+        return self.config / "registries.toml"
+
     # The image store: an OCI image layout (image-spec, image-layout.md).
     @property
     def images(self) -> Path:

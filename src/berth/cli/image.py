@@ -89,14 +89,19 @@ def _row(image: StoredImage) -> tuple[str, ...]:
 def _pull(parser: Parser) -> Handler:
     parser.describe(
         """
-        Brings an image into the store, if it is not there already, and prints its reference. 'berth create' does that
-        by itself.
+        Brings an image into the store as its registry has it now, and prints its reference. What the store has of it is
+        not fetched again; when the registry can't be reached, what is stored stays. 'berth create' brings by itself
+        what is not there.
         """,
         examples=(
             ("berth image pull debian:12", "from its registry, or bootstrapped where that can't be reached"),
+            ("berth image pull localhost:5000/team/dev:latest", "from a registry of your own"),
             ("berth image pull oci-archive:./image.tar", "from a file"),
         ),
-        more="'berth create --help' says how references are written.",
+        more="""
+        'berth create --help' says how references are written, 'berth login' logs in to registries. Mirrors, insecure
+        registries and CAs stand in registries.toml in berth's configuration directory.
+        """,
     )
     parser.argument("image", metavar="IMAGE", kind=IMAGE, help="what to bring")
     _add_platform(parser)
@@ -106,8 +111,33 @@ def _pull(parser: Parser) -> Handler:
 
 def _do_pull(args: argparse.Namespace) -> int:
     with progress.display(args.progress) as shown:
-        image = _images().ensure(args.image, platform=_platform(args), progress=shown)
+        image = _images().pull(args.image, platform=_platform(args), progress=shown)
     emit(familiar_name(image))
+    return 0
+
+
+def _push(parser: Parser) -> Handler:
+    parser.describe(
+        """
+        Puts an image of the store into the registry that its reference names, or DESTINATION does, and prints that
+        reference. Layers that the registry has already are not sent, and where it allows that, those of other
+        repositories are used there.
+        """,
+        examples=(
+            ("berth image push localhost:5000/team/dev:today", "under its own name"),
+            ("berth image push debian:12 localhost:5000/base/debian:12", "under another one"),
+        ),
+    )
+    parser.argument("image", metavar="IMAGE", kind=IMAGE, help="by reference, digest, or the start of its digest")
+    parser.argument("destination", nargs="?", metavar="DESTINATION", kind=IMAGE, help="the name it gets there")
+    parser.add_common(progress=True)
+    return _do_push
+
+
+def _do_push(args: argparse.Namespace) -> int:
+    with progress.display(args.progress) as shown:
+        pushed = _images().push(args.image, args.destination, progress=shown)
+    emit(parse_reference(pushed).familiar)
     return 0
 
 
@@ -284,6 +314,7 @@ def _do_import(args: argparse.Namespace) -> int:
 COMMANDS = {
     "image ls": _ls,
     "image pull": _pull,
+    "image push": _push,
     "image inspect": _inspect,
     "image tag": _tag,
     "image rm": _rm,
