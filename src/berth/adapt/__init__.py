@@ -9,6 +9,6 @@
     bootable   the decision, and the image that comes of it
 """
 
-from berth.adapt.bootable import AdaptMode, make_bootable, sweep
+from berth.adapt.bootable import AdaptMode, Bootable, make_bootable
 
-__all__ = ["AdaptMode", "make_bootable", "sweep"]
+__all__ = ["AdaptMode", "Bootable", "make_bootable"]
