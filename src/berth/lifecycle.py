@@ -115,6 +115,7 @@ class Machines:
         progress = progress or Silent()
         checked = parse_machine_name(name) if name is not None else self._free_name(reference)
         bundles.check_free(self.layout, checked)
+        self._sweep_adapting()
         self.layout.agent_socket(checked)  # refuses a path too long before the work, not after
         boot_config = boot_config or BootConfig()
         if isolation == "auto" and (boot_config.kernel or boot_config.virtualization):
@@ -203,11 +204,15 @@ class Machines:
         with contextlib.suppress(InvalidStateError):
             teardown(self.layout)
 
-    def _empty_trash(self) -> None:
+    def _sweep_adapting(self) -> None:
+        """Remove what a killed berth left of adapting an image."""
         if bundles.list_hidden(self.layout):
             from berth.adapt.workshop import sweep
 
             sweep(self.layout)
+
+    def _empty_trash(self) -> None:
+        self._sweep_adapting()
         for path in bundles.trash(self.layout):
             trees.delete(path)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from berth import bundle as bundles
 from berth import host, trees
-from berth.adapt.facts import INIT, SHELL, Facts, inspect
+from berth.adapt.facts import INIT, Facts, inspect
 from berth.errors import BerthError, NotFoundError, UnsupportedError
 from berth.layout import Layout
 from berth.names import parse_reference
@@ -121,13 +121,11 @@ def _adapt(
         found = _find(images, image, recipe)  # made while we waited
         if found is not None:
             return found
-        had_template = layout.template(image.digest).exists()
         progress.note(f"{image.reference or image.digest} has no init: installing one ({', '.join(recipe.packages)})")
         try:
             _carry_out(layout, images, image, facts, recipe, progress)
         finally:
-            if not had_template:
-                _drop_template(layout, image.digest, in_use)
+            _drop_template(layout, image.digest, in_use)
         return images.find(adapted_name(image.digest, recipe))
 
 
@@ -161,7 +159,7 @@ def _carry_out(
     except BerthError as error:
         raise BerthError(
             f"{name} has no init and could not be given one: {error.message}",
-            hint=error.hint or f"try again when that is put right; with --adapt never, {SHELL} runs without services",
+            hint=error.hint or "--adapt never makes a machine without services: its init is berth's agent",
         ) from error
 
 

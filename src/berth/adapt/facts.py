@@ -1,4 +1,4 @@
-"""What matters of an image to whoever makes it a machine: its init, distribution, package manager. Called by `bootable`.
+"""What matters of an image to whoever makes it a machine: its init, distribution, package manager. For `bootable`.
 
 Found out without running anything of it, and remembered per manifest digest in `Layout.inspections`: a digest means the
 same content for ever, so what was found once is true for ever.
@@ -49,7 +49,13 @@ class Facts:
     def from_json(cls, document: Mapping[str, object]) -> Facts:
         """Read what `to_json` made. Raises StateFormatError."""
         match document:
-            case {"has_init": bool(init), "has_shell": bool(shell), "managers": list(), "ids": list(), "name": str(name)}:
+            case {
+                "has_init": bool(init),
+                "has_shell": bool(shell),
+                "managers": list(),
+                "ids": list(),
+                "name": str(name),
+            }:
                 managers, ids = (cast("list[object]", document[key]) for key in ("managers", "ids"))
                 return cls(init, shell, tuple(map(str, managers)), tuple(map(str, ids)), name)
             case _:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from berth.errors import ImageFormatError
 from berth.oci import tar
+from berth.oci.layer import Limits
 from berth.oci.tree import split
 
 _WHITEOUT = b".wh."
@@ -19,6 +20,7 @@ _OPAQUE = b".wh..wh..opq"
 _MERGED = frozenset({b"bin", b"sbin", b"lib", b"lib32", b"lib64", b"libx32", b"libo32"})
 _LINKS_MAX = 40  # as the kernel
 _TEXT_MAX = 64 * 1024  # bytes of a file whose text is wanted
+_ENTRIES_MAX = Limits().entries
 _ENTRY = 200  # bytes that a name takes here, besides its letters
 _MEMORY_MAX = 256 * 1024 * 1024
 
@@ -55,7 +57,9 @@ class Listing:
         """Take a layer on top. Raises ImageFormatError when it is damaged or lists more than fits in memory."""
         self._layer += 1
         self._hidden.clear()
-        for entry in reader:
+        for count, entry in enumerate(reader):
+            if count >= _ENTRIES_MAX:
+                raise ImageFormatError(f"{where} has more than {_ENTRIES_MAX} entries")
             try:
                 self._take(entry, reader)
             except ImageFormatError as error:

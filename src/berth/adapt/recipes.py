@@ -150,7 +150,7 @@ class _Reader:
         steps: list[Step] = []
         for item in items:
             match item:
-                case {"say": str(say), "run": [str(), *_]} if len(cast("dict[str, object]", item)) == 2:
+                case {"say": str(say), "run": list(), **rest} if not rest:
                     steps.append(Step(say, tuple(_all_texts(cast("dict[str, object]", item)["run"]) or ())))
                 case _:
                     raise self._wrong("steps", "holds something that is not { say = TEXT, run = [WORD, …] }")

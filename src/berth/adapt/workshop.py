@@ -15,7 +15,7 @@ import secrets
 import shutil
 import uuid
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, IO[bytes]
 from urllib.parse import urlsplit
 
 from berth import bundle as bundles
@@ -79,9 +79,7 @@ def adapting(layout: Layout, progress: Progress) -> Generator[None]:
 
 
 def sweep(layout: Layout) -> None:
-    """Remove the throw-away machine that a killed berth has left, unless one is at work; quick when there is none."""
-    if not bundles.list_hidden(layout):
-        return
+    """Remove the throw-away machine that a killed berth has left, unless one is at work."""
     with contextlib.suppress(BusyError), locks.hold(layout.adapt_lock, timeout_s=0, what="adapting"):
         _sweep(layout)
 
@@ -138,7 +136,7 @@ class Workshop:
         if status:
             raise StepError(step, f"ended with status {status}", tail.text())
 
-    def finish(self, out: BinaryIO) -> Digests:
+    def finish(self, out: IO[bytes]) -> Digests:
         """End the machine and write what was changed in it as a layer."""
         self.engine.kill(self.machine)
         self.engine.clean(self.machine)

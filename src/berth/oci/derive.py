@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import BinaryIO, cast
+from typing import IO[bytes], cast
 
 from berth.errors import ImageFormatError
 from berth.oci import spec, stream
@@ -27,7 +27,7 @@ _OCI = {
 
 
 def derive(
-    store: Store, ingest: Ingest, base: Descriptor, layer: BinaryIO, *, created_by: str, annotations: Mapping[str, str]
+    store: Store, ingest: Ingest, base: Descriptor, layer: IO[bytes], *, created_by: str, annotations: Mapping[str, str]
 ) -> Descriptor:
     """Put an image made of `base`, which is in `store`, and `layer` into `ingest`; return its manifest.
 
@@ -40,7 +40,9 @@ def derive(
             raise ImageFormatError(f"blob {needed.digest} is missing in the image store")
     blob = ingest.add(_chunks(layer), where="the new layer")
     config = ingest.add_json(_config(store, manifest, blob.digest, created_by), spec.CONFIG)
-    layers = [dataclasses.replace(item, media_type=_OCI.get(item.media_type, item.media_type)) for item in manifest.layers]
+    layers = [
+        dataclasses.replace(item, media_type=_OCI.get(item.media_type, item.media_type)) for item in manifest.layers
+    ]
     return store_manifest(
         ingest, config, [*layers, blob.described(spec.LAYER)],
         {**manifest.annotations, BASE_DIGEST: base.digest, **annotations},
@@ -56,7 +58,9 @@ def _config(store: Store, manifest: spec.Manifest, diff_id: str, created_by: str
     found = members.get("history")
     history = list(cast("list[object]", found)) if isinstance(found, list) else []
     # Readers want a line for each layer or no history at all.
-    filled = sum(1 for line in history if not (isinstance(line, dict) and cast("dict[str, object]", line).get("empty_layer")))
+    filled = sum(
+        1 for line in history if not (isinstance(line, dict) and cast("dict[str, object]", line).get("empty_layer"))
+    )
     history += [{"created_by": "a layer of the base image"}] * max(0, len(manifest.layers) - filled)
     members["history"] = [*history, {"created": now, "created_by": created_by}]
     members["created"] = now
@@ -64,6 +68,6 @@ def _config(store: Store, manifest: spec.Manifest, diff_id: str, created_by: str
     return members
 
 
-def _chunks(file: BinaryIO) -> Iterator[bytes]:
+def _chunks(file: IO[bytes]) -> Iterator[bytes]:
     while data := file.read(stream.CHUNK):
         yield data

@@ -26,7 +26,7 @@ import stat
 import struct
 from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import IO[bytes], cast
 
 from berth import rooted, userns
 from berth.errors import BerthError, ImageFormatError
@@ -52,7 +52,7 @@ _NOBODY = 65534  # what an id that the machine does not have is shown as; user_n
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Digests:
-    """What was written. diff_id: of the uncompressed archive; size: its bytes; left_out: files that no layer can hold."""
+    """What was written. diff_id: of the archive, uncompressed; size: its bytes; left_out: files no layer can hold."""
 
     diff_id: Digest
     size: int
@@ -76,7 +76,7 @@ class Digests:
 
 def write_layer(
     upper: int | str,
-    out: BinaryIO,
+    out: IO[bytes],
     *,
     lower: int | str | None = None,
     exclude: Collection[str] = (),
@@ -85,11 +85,11 @@ def write_layer(
     """Write the changes in the directory `upper` to `out`, as an uncompressed layer; same directory, same bytes.
 
     lower: the root file system that it lay on; without it a renamed directory of the image can't be told, and an opaque
-    mark is written where none is needed. exclude: paths below the root (``etc/hosts``), with all that is in them. idmap:
+    mark is written where none is needed. exclude: paths below the root (``etc/hosts``), with what is in them. idmap:
     from the ids in the archive to those on the disk; None where we are in the machine's user namespace ourselves.
 
     Whoever calls may read the files and `trusted.*` attributes: the host's root with an idmap, or root of a user
-    namespace. `layer_of` sees to that. Raises ImageFormatError for what no layer can tell, BerthError for a failing disk.
+    namespace. `layer_of` sees to that. Raises ImageFormatError for what no layer can tell, BerthError for a bad disk.
     """
     exclusions = frozenset(os.fsencode(path.strip("/")) for path in exclude)
     with _opened(upper) as upper_fd, _opened(lower) as lower_fd:
@@ -102,7 +102,7 @@ def write_layer(
             raise BerthError(f"the changes can't be made a layer: {error.strerror}: {error.filename or ''}") from error
 
 
-def layer_of(upper: Path, out: BinaryIO, *, lower: Path | None = None, exclude: Collection[str] = ()) -> Digests:
+def layer_of(upper: Path, out: IO[bytes], *, lower: Path | None = None, exclude: Collection[str] = ()) -> Digests:
     """`write_layer` for a machine's upper directory and its template, from where both can be read.
 
     Root sees all of it, an ordinary user as root of the machine's kind of user namespace. `out` has a descriptor.
@@ -147,7 +147,7 @@ def _opened(place: int | str | None) -> Generator[int | None]:
 class _Layer:
     """One layer being written."""
 
-    def __init__(self, out: BinaryIO, lower: int | None, ids: _Ids, exclude: frozenset[bytes]) -> None:
+    def __init__(self, out: IO[bytes], lower: int | None, ids: _Ids, exclude: frozenset[bytes]) -> None:
         self._out = out
         self._lower = lower
         self._ids = ids
@@ -190,9 +190,7 @@ class _Layer:
                 elif image is not None:
                     self._image(below, image, name, origin, depth)
 
-    def _own(
-        self, path: bytes, folder: int, name: bytes, origin: bytes | None, *, complete: bool, depth: int
-    ) -> None:
+    def _own(self, path: bytes, folder: int, name: bytes, origin: bytes | None, *, complete: bool, depth: int) -> None:
         """Write what the machine has put into its own directory `folder` under `name`."""
         status = os.stat(name, dir_fd=folder, follow_symlinks=False)
         if self._is_whiteout(folder, name, status):

@@ -1,6 +1,6 @@
 """Write the members of a tar archive (PAX). Owns the encoding, as `tar` owns the decoding; `diff` uses it.
 
-The standard library's tarfile decodes names, loses nanoseconds and knows no sparse files. Here names are bytes and times
+The standard library's tarfile decodes names, loses nanoseconds and knows no sparse files. Here names are bytes, times
 exact; what the old header has no room for goes into PAX records, so that small members stay small.
 
 Sources: POSIX pax(1), "ustar Interchange Format" and "pax Header Block"; GNU tar manual, "Storing Sparse Files", 1.0.
