@@ -15,7 +15,7 @@ import secrets
 import shutil
 import uuid
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, IO[bytes]
+from typing import IO, TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from berth import bundle as bundles

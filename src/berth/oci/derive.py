@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import IO[bytes], cast
+from typing import IO, cast
 
 from berth.errors import ImageFormatError
 from berth.oci import spec, stream

@@ -26,7 +26,7 @@ import stat
 import struct
 from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
-from typing import IO[bytes], cast
+from typing import IO, cast
 
 from berth import rooted, userns
 from berth.errors import BerthError, ImageFormatError
