@@ -127,7 +127,7 @@ class Machines:
         check_fits(chosen, boot_config)
         if why is not None:
             progress.note(f"{checked} is {why}")
-        reference = image.reference
+        reference = image.reference or image.digest
         bootable = self._make_bootable(image, adapt, progress)
         image = bootable.image
         config = MachineConfig(

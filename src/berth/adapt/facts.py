@@ -43,7 +43,7 @@ class Facts:
     name: str = ""
 
     def to_json(self) -> dict[str, object]:
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "managers": list(self.managers), "ids": list(self.ids)}
 
     @classmethod
     def from_json(cls, document: Mapping[str, object]) -> Facts:

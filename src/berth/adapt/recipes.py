@@ -149,11 +149,11 @@ class _Reader:
         items = cast("list[object]", value) if isinstance(value, list) else []
         steps: list[Step] = []
         for item in items:
-            match item:
-                case {"say": str(say), "run": list(), **rest} if not rest:
-                    steps.append(Step(say, tuple(_all_texts(cast("dict[str, object]", item)["run"]) or ())))
-                case _:
-                    raise self._wrong("steps", "holds something that is not { say = TEXT, run = [WORD, …] }")
+            members = cast("dict[str, object]", item) if isinstance(item, dict) else {}
+            say, words = members.get("say"), _all_texts(members.get("run"))
+            if not isinstance(say, str) or words is None or len(members) != 2:
+                raise self._wrong("steps", "holds something that is not { say = TEXT, run = [WORD, …] }")
+            steps.append(Step(say, tuple(words)))
         if not steps or not all(step.argv for step in steps):
             raise self._wrong("steps", "is no list of commands")
         return tuple(steps)

@@ -53,7 +53,7 @@ def _configure(parser: Parser) -> Handler:
             _add_key(parser, key, key.flag)
     parser.option("--platform", metavar="OS/ARCH", help="take the image for this platform (linux/arm64)")
     parser.option("--adapt", choices=("auto", "never"), default="auto", metavar="auto|never",
-                  help="give an image without an init one (auto), or let berth's own agent be its init (never)")
+                  help="give an image without an init one (auto), or make berth's agent its init (never)")  # fmt: skip
     parser.add_common(progress=True)
     return _create
 
