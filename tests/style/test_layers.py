@@ -26,7 +26,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(
         ("agent", "session", "terminal", "kernels", "engine", "net", "check", "autostart", "consolelog"), 3
     ),
-    **dict.fromkeys(("images", "lifecycle", "api"), 5),
+    **dict.fromkeys(("images", "adapt", "lifecycle", "api"), 5),
     **dict.fromkeys(("cli", "", "__main__"), 6),
 }  # fmt: skip
 
