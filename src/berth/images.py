@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from berth.errors import (
     BerthError,
@@ -25,7 +26,7 @@ from berth.names import ImageReference, parse_reference
 from berth.oci import spec
 from berth.oci.digest import Digest, parse_prefix
 from berth.oci.spec import Descriptor, ImageConfig, Platform
-from berth.oci.store import Store
+from berth.oci.store import Ingest, Store
 from berth.progress import Progress, Silent
 
 _SOURCE = "dev.berth.source"  # where an image came from, and as what
@@ -159,7 +160,7 @@ class Images:
         """Make an image of a root file system, a directory or a tar archive, and name it `reference`."""
         from berth.oci.rootfs import fetch_rootfs
 
-        name = _storable(reference)
+        name = storable(reference)
         wanted = spec.parse_platform(platform) if platform else None
         progress = progress or Silent()
         progress.step(f"importing {path}")
@@ -201,11 +202,44 @@ class Images:
 
     def tag(self, source: str, reference: str) -> StoredImage:
         """Give an image one more reference; what had it before is kept without."""
-        name = _storable(reference)
+        name = storable(reference)
         image = self.find(source)
         with self._store.exclusive() as lock:
             self._store.tag(lock, self._descriptor(image), [name])
         return self.find(name)
+
+    def add(
+        self,
+        fill: Callable[[Ingest], Descriptor],
+        references: Sequence[str],
+        *,
+        progress: Callable[[int, int | None], None] = Silent().advance,
+    ) -> StoredImage:
+        """Put an image that `fill` gathers in an import, returning its manifest, into the store under `references`."""
+        names = [storable(reference) for reference in references]
+        with self._store.ingest(progress) as ingest:
+            manifest = fill(ingest)
+            ingest.commit(manifest, names)
+        return self.find(names[0] if names else manifest.digest)
+
+    def manifest(self, image: StoredImage) -> spec.Manifest:
+        """Return an image's manifest. Raises ImageFormatError for a damaged image, NotFoundError."""
+        return self._manifest(image)
+
+    def config_document(self, image: StoredImage) -> Mapping[str, object]:
+        """Return an image's config as it is, with members that berth does not know."""
+        config = self._manifest(image).config
+        return cast("Mapping[str, object]", spec.parse_json(self._store.read(config), where=config.digest))
+
+    def link_blobs(self, descriptors: Sequence[Descriptor], folder: Path) -> None:
+        """Give `folder`, on the store's file system, hard links to blobs: they stay though the image is removed.
+
+        Raises ImageFormatError for one that is missing.
+        """
+        for descriptor in descriptors:
+            os.close(self._store.open(descriptor))  # also that it has its size
+            if not self._store.link(descriptor.digest, folder):
+                raise ImageFormatError(f"blob {descriptor.digest} is missing in the image store")
 
     def remove(self, references: Sequence[str], in_use: InUse) -> Names:
         """Remove references, and with its last one the image; return what was removed.
@@ -330,7 +364,7 @@ def _is_name(text: str) -> bool:
     return not text.startswith("sha256:")
 
 
-def _storable(reference: str) -> str:
+def storable(reference: str) -> str:
     """Return the full form of a name that an image may get. Raises InvalidArgumentError for a transport or a digest."""
     parsed = parse_reference(reference)
     if parsed.transport != "docker" or parsed.digest is not None:

@@ -1,0 +1,57 @@
+"""What buildah's `dir:` transport wrote, into the store. Owns that format; layer 2, for `build`.
+
+    manifest.json, version, HEX    the manifest; each blob by the hex digits of its digest
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from berth.errors import ImageFormatError
+from berth.oci import spec, stream
+from berth.oci.digest import Digest, hex_of
+from berth.oci.sources import store_manifest
+from berth.oci.spec import Descriptor
+from berth.oci.store import Ingest
+
+
+def fetch_built(
+    folder: Path, ingest: Ingest, *, known: Mapping[Digest, Descriptor], annotations: Mapping[str, str]
+) -> Descriptor:
+    """Copy the image in `folder`, verified; return its new manifest.
+
+    known: layers of the store by their diff ids; where the image has one of them, it gets it as it is stored,
+    compressed or not, so that images share what they have in common. annotations: on top of buildah's own.
+    """
+    where = str(folder)
+    manifest = spec.Manifest.from_json(spec.parse_json((folder / "manifest.json").read_bytes(), where=where), where=where)
+    config = _copied(folder, manifest.config, ingest)
+    document = spec.ImageConfig.from_json(spec.parse_json(ingest.read(config), where=where), where=where)
+    if len(document.diff_ids) != len(manifest.layers):
+        raise ImageFormatError(f"{where}: {len(manifest.layers)} layers, but {len(document.diff_ids)} diff ids")
+    layers = [
+        _layer(folder, layer, known.get(diff_id), ingest)
+        for layer, diff_id in zip(manifest.layers, document.diff_ids, strict=True)
+    ]
+    return store_manifest(ingest, config, layers, {**manifest.annotations, **annotations})
+
+
+def _layer(folder: Path, layer: Descriptor, known: Descriptor | None, ingest: Ingest) -> Descriptor:
+    if known is not None and ingest.has(known):
+        return known
+    return _copied(folder, layer, ingest)
+
+
+def _copied(folder: Path, descriptor: Descriptor, ingest: Ingest) -> Descriptor:
+    plain = dataclasses.replace(descriptor, annotations={}, platform=None)
+    if not ingest.has(plain):
+        ingest.add(_chunks(folder / hex_of(descriptor.digest)), where=str(folder), expected=plain)
+    return plain
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while data := file.read(stream.CHUNK):
+            yield data
