@@ -29,8 +29,8 @@ from berth.files import make_private_directory
 from berth.images import Images, StoredImage, storable
 from berth.layout import Layout
 from berth.names import parse_reference
-from berth.oci import derive, spec
-from berth.oci.built import fetch_built
+from berth.oci import spec
+from berth.oci.built import fetch_built, with_history
 from berth.oci.digest import Digest, digest_of, hex_of
 from berth.oci.spec import Descriptor, Platform
 from berth.oci.store import LAYOUT_VERSION
@@ -266,7 +266,7 @@ def _link(images: Images, base: Base, image: StoredImage, work: Path) -> RoomBas
     manifest = images.manifest(image)
     place = work / "bases" / hex_of(Digest(image.digest))
     blobs = place / "blobs" / "sha256"
-    config = spec.encode_json(derive.with_history(images.config_document(image)))
+    config = spec.encode_json(with_history(images.config_document(image), len(manifest.layers)))
     described = Descriptor(spec.CONFIG, digest_of(config), len(config))
     if not place.exists():
         blobs.mkdir(parents=True)

@@ -1,6 +1,6 @@
-"""What buildah's `dir:` transport wrote, into the store. Owns that format; layer 2, for `build`.
+"""Images to buildah and from it: what its config must have, what its `dir:` transport wrote. Layer 2, for `build`.
 
-    manifest.json, version, HEX    the manifest; each blob by the hex digits of its digest
+    manifest.json, version, HEX    a `dir:`: the manifest; each blob by the hex digits of its digest
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 from berth.errors import ImageFormatError
 from berth.oci import spec, stream
@@ -55,3 +56,15 @@ def _chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while data := file.read(stream.CHUNK):
             yield data
+
+
+def with_history(config: Mapping[str, object], layers: int) -> Mapping[str, object]:
+    """Return an image's config with a history that has a line for each layer.
+
+    The image-spec lets it be absent; buildah refuses to build on such an image.
+    """
+    found = config.get("history")
+    history = cast("list[dict[str, object]]", found) if isinstance(found, list) else []
+    if sum(1 for line in history if not line.get("empty_layer")) == layers:
+        return config
+    return {**config, "history": [{"created_by": "a layer of the base image"} for _ in range(layers)]}
