@@ -79,6 +79,20 @@ class Layout:
     def addresses_lock(self) -> Path:
         return self.data / "addresses.lock"
 
+    # Held by whoever adapts an image.
+    @property
+    def adapt_lock(self) -> Path:
+        return self.data / "adapt.lock"
+
+    # The user's own recipes for adapting images, and those that take the place of berth's.
+    @property
+    def recipes(self) -> Path:
+        return self.config / "recipes"
+
+    # What was found out about an image, by manifest digest.
+    def inspection(self, digest: str) -> Path:
+        return self.cache / "inspections" / f"{digest.replace(':', '-')}.json"
+
     @property
     def machines_lock(self) -> Path:
         return self.data / "machines.lock"

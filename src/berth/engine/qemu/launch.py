@@ -31,7 +31,6 @@ from berth.units import GIB
 
 # The sockets that QEMU listens on, in the machine's runtime directory.
 _SOCKETS = ("channel", "console", "serial", "monitor", "keeper-monitor")
-_INIT = ("/sbin/init",)
 _FIRMWARE = ("/usr/share/qemu", "/usr/share/qboot", "/usr/local/share/qemu")
 _DEFAULT_CPUS = 4
 _DEFAULT_MEMORY = 4 * GIB
@@ -178,7 +177,7 @@ def _document(
         },
         "unixNanos": time.time_ns(),
     }  # fmt: skip
-    return {**boot_document(machine, nameserver_text=wire.resolv_conf, init=_INIT), "vm": vm}
+    return {**boot_document(machine, nameserver_text=wire.resolv_conf, init=machine.config.init), "vm": vm}
 
 
 @contextlib.contextmanager
