@@ -217,7 +217,7 @@ def _hand_over(request: Request) -> _Handed:
 
 def _hand_secret(word: str, number: int, handed: _Handed) -> None:
     """Hand a secret over, a file by a mount, a variable by the environment: never on a command line."""
-    given = dict(part.partition("=")[::2] for part in word.split(","))
+    given = {key: value for key, _, value in (part.partition("=") for part in word.split(","))}
     name, path, variable = given.get("id", ""), given.get("src") or given.get("source"), given.get("env")
     if not name or set(given) - {"id", "src", "source", "env", "type"}:
         raise InvalidArgumentError(

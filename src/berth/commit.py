@@ -117,7 +117,9 @@ def _held(bundle: Bundle) -> Generator[None]:
 @contextlib.contextmanager
 def _frozen(config: MachineConfig) -> Generator[None]:
     """Let the machine's processes stand still. Source: the kernel's cgroup-v2.rst, cgroup.freeze."""
-    files = [path for path in (Path(found, "cgroup.freeze") for found in cgroups.find_leftovers(config.id)) if path.exists()]
+    files = [
+        path for path in (Path(found, "cgroup.freeze") for found in cgroups.find_leftovers(config.id)) if path.exists()
+    ]
     if not files or not all(os.access(path, os.W_OK) for path in files):
         raise InvalidStateError(
             f"machine '{config.name}' is running, and this host has no way to freeze it",

@@ -6,6 +6,7 @@ imported where they are gone: a machine made from a stored image does not wait f
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -30,6 +31,8 @@ from berth.oci.store import Ingest, Store
 from berth.progress import Progress, Silent
 
 _SOURCE = "dev.berth.source"  # where an image came from, and as what
+_RECIPE = "dev.berth.adapted.recipe"  # of `adapt.bootable`
+_BASE = "org.opencontainers.image.base.digest"  # of `oci.derive`
 _FILE_TRANSPORTS = ("oci", "oci-archive", "docker-archive", "rootfs")
 
 Layers = list[tuple[int, str]]  # open descriptor and media type of each, lowest first
@@ -68,10 +71,59 @@ class StoredImage:
         }
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class ListedImage:
+    """An image with what is known of it only beside the others, or by looking into it.
+
+    unique: bytes of blobs that no other image of the store has, shared: of the others; their sum is the image's size
+    and its manifest's. bootable: it has an init of its own; None when it can't be read. recipe: how berth adapted it
+    (``debian 1``), "" when it has not.
+    """
+
+    image: StoredImage
+    unique: int
+    shared: int
+    bootable: bool | None
+
+    @property
+    def recipe(self) -> str:
+        return self.image.annotations.get(_RECIPE, "")
+
+    @property
+    def repository(self) -> str:
+        """The name without tag and digest, in full: ``docker.io/library/debian``."""
+        return self._parsed.path if self._parsed else ""
+
+    @property
+    def tag(self) -> str:
+        return (self._parsed.tag or "") if self._parsed else ""
+
+    @property
+    def _parsed(self) -> ImageReference | None:
+        with contextlib.suppress(InvalidArgumentError):
+            parsed = parse_reference(self.image.reference)
+            return parsed if parsed.transport == "docker" else None
+        return None
+
+    def to_json(self) -> dict[str, object]:
+        """Give what ``image ls --format json`` shows of it."""
+        base = self.image.annotations.get(_BASE) if self.recipe else None
+        return {
+            **self.image.to_json(),
+            "repository": self.repository or None,
+            "tag": self.tag or None,
+            "uniqueSize": self.unique,
+            "sharedSize": self.shared,
+            "bootable": self.bootable,
+            "adapted": {"recipe": self.recipe, "base": base} if self.recipe else None,
+        }
+
+
 class Images:
     """The images in the store of `layout`."""
 
     def __init__(self, layout: Layout) -> None:
+        self._layout = layout
         self._store = Store(layout.images)
 
     def ensure(self, reference: str, *, platform: str | None = None, progress: Progress | None = None) -> StoredImage:
@@ -120,10 +172,40 @@ class Images:
             found = [image for image in found if image.digest in listed]
         return found
 
+    def list_detailed(self) -> Sequence[ListedImage]:
+        """`list`, with what each image shares with others and whether it boots; slow for images never looked into."""
+        images = self.list()
+        parts = {image.digest: self._parts(image) for image in images}
+        users = collections.Counter(digest for blobs in parts.values() for digest in blobs)
+        return [self._detailed(image, parts[image.digest], users) for image in images]
+
+    def _detailed(self, image: StoredImage, parts: Mapping[str, int], users: Mapping[str, int]) -> ListedImage:
+        unique = sum(size for digest, size in parts.items() if users[digest] == 1)
+        return ListedImage(image, unique, sum(parts.values()) - unique, self._is_bootable(image))
+
+    def _parts(self, image: StoredImage) -> dict[str, int]:
+        """Say which blobs an image has, and how long each is; none for a damaged one."""
+        if image.problem:
+            return {}
+        with contextlib.suppress(ImageFormatError, NotFoundError):
+            listed = self._descriptor(image)
+            return {item.digest: item.size for item in (listed, *self._store.children(listed))}
+        return {}
+
+    def _is_bootable(self, image: StoredImage) -> bool | None:
+        from berth.adapt.facts import inspect
+
+        if image.problem:
+            return None
+        try:
+            return inspect(self._layout, self, image).has_init
+        except (BerthError, OSError):  # a list shows what is damaged, and does not fail on it
+            return None
+
     def inspect(self, reference: str) -> dict[str, object]:
-        """Return all that is known of an image: its item of `list`, its manifest and its config."""
+        """Return all that is known of an image: its item of `list_detailed`, its manifest and its config."""
         image = self.find(reference)
-        shown = image.to_json()
+        shown = next((item.to_json() for item in self.list_detailed() if item.image == image), image.to_json())
         if not image.problem:
             manifest = self._manifest(image)
             shown["references"] = [item.reference for item in self.list() if item.digest == image.digest]

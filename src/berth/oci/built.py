@@ -1,6 +1,6 @@
 """Images to buildah and from it: what its config must have, what its `dir:` transport wrote. Layer 2, for `build`.
 
-    manifest.json, version, HEX    a `dir:`: the manifest; each blob by the hex digits of its digest
+manifest.json, version, HEX    a `dir:`: the manifest; each blob by the hex digits of its digest
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def fetch_built(
     compressed or not, so that images share what they have in common. annotations: on top of buildah's own.
     """
     where = str(folder)
-    manifest = spec.Manifest.from_json(spec.parse_json((folder / "manifest.json").read_bytes(), where=where), where=where)
+    manifest = spec.Manifest.from_json(
+        spec.parse_json((folder / "manifest.json").read_bytes(), where=where), where=where
+    )
     config = _copied(folder, manifest.config, ingest)
     document = spec.ImageConfig.from_json(spec.parse_json(ingest.read(config), where=where), where=where)
     if len(document.diff_ids) != len(manifest.layers):
