@@ -252,12 +252,17 @@ def _mount(source: Path, target: str, *, read_only: bool = False, mapped: bool =
 
 
 def _bring(base: Base, request: Request, images: Images, progress: Progress) -> StoredImage:
+    reference = parse_reference(base.reference)
     # A Dockerfile is not trusted: only we may name files of ours.
-    if parse_reference(base.reference).transport not in ("docker", "bootstrap"):
+    if reference.transport not in ("docker", "bootstrap"):
         raise InvalidArgumentError(
             f"a Dockerfile can't be built on '{base.reference}'",
             hint=f"berth image import or load it, and use its name; or berth image pull {base.reference}",
         )
+    if reference.digest is not None:
+        # Whatever it is called in the store, it is the same.
+        with contextlib.suppress(NotFoundError):
+            return images.find(reference.digest)
     return images.ensure(base.reference, platform=base.platform or request.platform or None, progress=progress)
 
 

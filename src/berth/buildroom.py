@@ -41,7 +41,7 @@ class RoomMount(TypedDict):
 
 
 class RoomBase(TypedDict):
-    """An image to build on. id: its config's digest, which is buildah's id; layout: where in the room; name: in FROM."""
+    """An image to build on. id: its config's digest, and buildah's id; layout: where in the room; name: in FROM."""
 
     id: str
     layout: str
@@ -75,8 +75,8 @@ def build(plan: RoomPlan, output: int) -> object:
     status = buildah.build(plan["options"], plan["environment"])
     if status == 0:
         image = Path(WORK, "image-id").read_text().strip().removeprefix("sha256:")
-        # `dir:` keeps layers as they are; `oci:` would compress them for the store to unpack again.
-        buildah.run("push", *_POLICY, "--quiet", image, f"dir:{WORK}/out")
+        # `oci:` would compress the layers in any case, for every machine to decompress them again.
+        buildah.run("push", *_POLICY, "--quiet", "--disable-compression", image, f"dir:{WORK}/out")
     return {"status": status}
 
 
@@ -155,7 +155,7 @@ class _Buildah:
         self._global = ["--root", STORAGE, "--runroot", f"{_RUN}/storage", "--storage-driver", driver]
         self._output = output
         self._env = {
-            "HOME": _RUN, "XDG_RUNTIME_DIR": _RUN, "TMPDIR": f"{WORK}/tmp",
+            "HOME": _RUN, "XDG_RUNTIME_DIR": _RUN, "TMPDIR": f"{WORK}/temporary",
             # The host's own settings are for the host's own images: all that a build needs comes from berth's store.
             "CONTAINERS_REGISTRIES_CONF": f"{WORK}/registries.conf",
             "CONTAINERS_STORAGE_CONF": f"{WORK}/storage.conf",
@@ -191,4 +191,4 @@ def write_settings(work: Path) -> None:
     (work / "policy.json").write_text(json.dumps({"default": [{"type": "insecureAcceptAnything"}]}))
     (work / "registries.conf").write_text('unqualified-search-registries = ["docker.io"]\n')
     (work / "storage.conf").write_text(f'[storage]\ndriver = "overlay"\ngraphroot = "{STORAGE}"\nrunroot = "{_RUN}"\n')
-    (work / "tmp").mkdir()
+    (work / "temporary").mkdir()

@@ -89,7 +89,7 @@ def _write(bundle: Bundle, config: MachineConfig, boot: BootConfig, layer: IO[by
 
 
 def left_out(config: MachineConfig, boot: BootConfig) -> list[str]:
-    """Say which paths of a machine are not in its image, relative to its root: berth's own, and where the host's are."""
+    """Say which paths of a machine are not in its image, relative to its root: berth's own, and the host's."""
     home = [] if boot.home_mount == "none" else [config.user.home]
     return [*_LEFT_OUT, *(path.strip("/") for path in (*home, *(mount.destination for mount in boot.mounts)))]
 

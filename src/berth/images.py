@@ -295,7 +295,7 @@ class Images:
         fill: Callable[[Ingest], Descriptor],
         references: Sequence[str],
         *,
-        progress: Callable[[int, int | None], None] = Silent().advance,
+        progress: Callable[[int, int | None], None] = lambda _done, _total: None,
     ) -> StoredImage:
         """Put an image that `fill` gathers in an import, returning its manifest, into the store under `references`."""
         names = [storable(reference) for reference in references]

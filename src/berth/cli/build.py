@@ -51,7 +51,8 @@ def _configure(parser: Parser) -> Handler:
                   help="show a file, or with env=VARIABLE a variable, to the steps that ask for it; "
                   "may be given again")  # fmt: skip
     parser.option("--ssh", action="append", default=[], metavar="default|NAME=PATH",
-                  help="show your SSH agent, or a key or socket, to the steps that ask for it; may be given again")  # fmt: skip
+                  help="show your SSH agent, or a key or socket, to the steps that ask for it; "
+                  "may be given again")  # fmt: skip
     parser.option("--platform", metavar="OS/ARCH", help="build on images for this platform (linux/arm64)")
     parser.add_common(progress=True)
     return _build
