@@ -19,12 +19,13 @@ from berth.oci.store import Ingest
 
 
 def fetch_built(
-    folder: Path, ingest: Ingest, *, known: Mapping[Digest, Descriptor], annotations: Mapping[str, str]
+    folder: Path, ingest: Ingest, *, known: Mapping[Digest, Descriptor], bases: Mapping[str, str]
 ) -> Descriptor:
     """Copy the image in `folder`, verified; return its new manifest.
 
     known: layers of the store by their diff ids; where the image has one of them, it gets it as it is stored,
-    compressed or not, so that images share what they have in common. annotations: on top of buildah's own.
+    compressed or not, so that images share what they have in common. bases: the digests of manifests that buildah was
+    given, and those of the images that they stand for.
     """
     where = str(folder)
     manifest = spec.Manifest.from_json(
@@ -38,7 +39,8 @@ def fetch_built(
         _layer(folder, layer, known.get(diff_id), ingest)
         for layer, diff_id in zip(manifest.layers, document.diff_ids, strict=True)
     ]
-    return store_manifest(ingest, config, layers, {**manifest.annotations, **annotations})
+    annotations = {key: bases.get(value, value) for key, value in manifest.annotations.items()}
+    return store_manifest(ingest, config, layers, annotations)
 
 
 def _layer(folder: Path, layer: Descriptor, known: Descriptor | None, ingest: Ingest) -> Descriptor:
