@@ -97,8 +97,8 @@ def build(request: Request, images: Images, layout: Layout, *, shown: Shown, out
         if ignore is not None:
             (work / "ignore").write_bytes(ignore)
         (work / "bases").mkdir()
-        given: dict[str, str] = {}
-        linked = [_link(images, base, image, work, given) for base, image in found]
+        linked = [_link(images, base, image, work) for base, image in found]
+        digests = {room["name"]: image.digest for room, (_, image) in zip(linked, found, strict=True) if room["name"]}
         plan = RoomPlan(
             idmap=[[list(extent) for extent in extents] for extents in _idmap()] if os.geteuid() == 0 else None,
             mounts=[
@@ -118,7 +118,7 @@ def build(request: Request, images: Images, layout: Layout, *, shown: Shown, out
             progress.step("storing the image")
             known = dict(pair for _, image in found for pair in _layers(images, image))
             return images.add(
-                lambda ingest: fetch_built(work / "out", ingest, known=known, bases=given),
+                lambda ingest: fetch_built(work / "out", ingest, known=known, bases=digests),
                 tags, progress=progress.advance,
             )  # fmt: skip
 
@@ -267,18 +267,14 @@ def _bring(base: Base, request: Request, images: Images, progress: Progress) -> 
     return images.ensure(base.reference, platform=base.platform or request.platform or None, progress=progress)
 
 
-def _link(images: Images, base: Base, image: StoredImage, work: Path, given: dict[str, str]) -> RoomBase:
-    """Make an OCI layout of an image, for buildah: hard links, and a config with a history (buildah insists on it).
-
-    given: gets the digest of the manifest that buildah sees, and the image's own.
-    """
+def _link(images: Images, base: Base, image: StoredImage, work: Path) -> RoomBase:
+    """Make an OCI layout of an image, for buildah: hard links, and a config with a history (buildah insists on it)."""
     manifest = images.manifest(image)
     place = work / "bases" / hex_of(Digest(image.digest))
     blobs = place / "blobs" / "sha256"
     config = spec.encode_json(with_history(images.config_document(image), len(manifest.layers)))
     described = Descriptor(spec.CONFIG, digest_of(config), len(config))
     document = spec.encode_json(dataclasses.replace(manifest, config=described).to_json())
-    given[digest_of(document)] = image.digest
     if not place.exists():
         blobs.mkdir(parents=True)
         images.link_blobs(manifest.layers, blobs)

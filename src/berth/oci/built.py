@@ -12,6 +12,7 @@ from typing import cast
 
 from berth.errors import ImageFormatError
 from berth.oci import spec, stream
+from berth.oci.derive import BASE_DIGEST, BASE_NAME
 from berth.oci.digest import Digest, hex_of
 from berth.oci.sources import store_manifest
 from berth.oci.spec import Descriptor
@@ -24,8 +25,8 @@ def fetch_built(
     """Copy the image in `folder`, verified; return its new manifest.
 
     known: layers of the store by their diff ids; where the image has one of them, it gets it as it is stored,
-    compressed or not, so that images share what they have in common. bases: the digests of manifests that buildah was
-    given, and those of the images that they stand for.
+    compressed or not, so that images share what they have in common. bases: the images that it may be built on, their
+    digests by their names: what buildah says of the base's digest is true of its own copy alone.
     """
     where = str(folder)
     manifest = spec.Manifest.from_json(
@@ -39,7 +40,10 @@ def fetch_built(
         _layer(folder, layer, known.get(diff_id), ingest)
         for layer, diff_id in zip(manifest.layers, document.diff_ids, strict=True)
     ]
-    annotations = {key: bases.get(value, value) for key, value in manifest.annotations.items()}
+    annotations = dict(manifest.annotations)
+    annotations.pop(BASE_DIGEST, None)
+    if (name := annotations.get(BASE_NAME)) in bases:
+        annotations[BASE_DIGEST] = bases[name]
     return store_manifest(ingest, config, layers, annotations)
 
 
