@@ -227,6 +227,16 @@ class Images:
         return opened
 
     @contextlib.contextmanager
+    def keeping(self, image: StoredImage) -> Generator[None]:
+        """Hold off removals while a machine comes to be that needs the image; for milliseconds.
+
+        Raises NotFoundError when it has been removed since it was looked up.
+        """
+        with self._store.shared():
+            self._descriptor(image)
+            yield
+
+    @contextlib.contextmanager
     def opened_layers(self, image: StoredImage) -> Generator[Layers]:
         """`layers` for a block, which closes them."""
         opened = self.layers(image)

@@ -42,7 +42,7 @@ def fetch_built(
     ]
     annotations = dict(manifest.annotations)
     annotations.pop(BASE_DIGEST, None)
-    if (name := annotations.get(BASE_NAME)) in bases:
+    if (name := annotations.get(BASE_NAME, "")) in bases:
         annotations[BASE_DIGEST] = bases[name]
     return store_manifest(ingest, config, layers, annotations)
 
