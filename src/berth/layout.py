@@ -60,6 +60,11 @@ class Layout:
     def kernels(self) -> Path:
         return self.data / "kernels"
 
+    # What buildah keeps for `berth build`: its storage, which is a cache, and one directory per build at work.
+    @property
+    def build(self) -> Path:
+        return self.data / "build"
+
     @property
     def machines(self) -> Path:
         return self.data / "machines"

@@ -137,7 +137,7 @@ class Machines:
             init=bootable.init,
         )  # fmt: skip
         # The bundle comes first: from then on the image and its template are in use, and no prune takes them.
-        with bundles.create(self.layout, config, boot_config):
+        with self.images.keeping(image), bundles.create(self.layout, config, boot_config):
             addresses.allocate(self.layout, checked)
         try:
             self._ensure_template(self._load(checked), image, progress)
@@ -443,7 +443,7 @@ class Machines:
     def usage(self) -> builtins.list[tuple[str, int]]:
         """Count the bytes on disk: (what, bytes)."""
         places = [("images", self.layout.images), ("templates", self.layout.templates), ("disks", self.layout.disks)]
-        places += [("kernels", self.layout.kernels)]
+        places += [("kernels", self.layout.kernels), ("build cache", self.layout.build)]
         places += [(f"machine {item.name}", item.bundle.path) for item in bundles.list_bundles(self.layout)]
         return [(what, trees.usage(path)) for what, path in places]
 
@@ -463,7 +463,15 @@ class Machines:
         progress.step("removing unused images")
         self.images.prune(self.images_in_use)
         self.prune_templates()
+        self._forget_builds(progress)
         self._end_network()
+
+    def _forget_builds(self, progress: Progress) -> None:
+        if self.layout.build.exists():
+            from berth.build import forget
+
+            progress.step("removing the build cache")
+            forget(self.layout)
 
     def prune_templates(self) -> None:
         """Remove templates whose image is neither stored nor used by a machine."""

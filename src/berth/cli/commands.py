@@ -51,6 +51,8 @@ MACHINES = (
     Entry("wait", "show", "wait until a machine answers or has settled"),
 )
 IMAGES = (
+    Entry("build", "build", "build an image from a Dockerfile"),
+    Entry("commit", "commit", "make an image of a machine"),
     Entry("image ls", "image", "list the images in the store", ("list",)),
     Entry("image pull", "image", "bring an image into the store"),
     Entry("image push", "image", "put an image into a registry"),
