@@ -82,7 +82,7 @@ def open_socket(host: str, port: int) -> socket.socket:
         left = deadline - time.monotonic()
         if left <= 0:
             break
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        sock = socket.socket(family, socket.SOCK_STREAM)
         try:
             # A share for each, so that one that never answers leaves time for the next; the last gets the rest.
             sock.settimeout(left if number == len(addresses) - 1 else max(left / 2, 0.5))
