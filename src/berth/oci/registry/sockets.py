@@ -63,7 +63,7 @@ def find_proxy(place: Place) -> Proxy | None:
     """Return the proxy that the environment names for a place; loopback needs none. Raises ContactError."""
     named = urllib.request.getproxies_environment()
     url = named.get(place.scheme) or named.get("all")
-    if not url or is_loopback(place.host) or urllib.request.proxy_bypass(place.host, named):
+    if not url or is_loopback(place.host) or urllib.request.proxy_bypass(place.host):
         return None
     parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
     if parts.scheme != "http" or not parts.hostname:
