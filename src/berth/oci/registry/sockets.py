@@ -63,7 +63,7 @@ def find_proxy(place: Place) -> Proxy | None:
     """Return the proxy that the environment names for a place; loopback needs none. Raises ContactError."""
     named = urllib.request.getproxies_environment()
     url = named.get(place.scheme) or named.get("all")
-    if not url or is_loopback(place.host) or urllib.request.proxy_bypass(place.host, named):
+    if not url or is_loopback(place.host) or urllib.request.proxy_bypass(place.host):
         return None
     parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
     if parts.scheme != "http" or not parts.hostname:
@@ -82,7 +82,7 @@ def open_socket(host: str, port: int) -> socket.socket:
         left = deadline - time.monotonic()
         if left <= 0:
             break
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        sock = socket.socket(family, socket.SOCK_STREAM)
         try:
             # A share for each, so that one that never answers leaves time for the next; the last gets the rest.
             sock.settimeout(left if number == len(addresses) - 1 else max(left / 2, 0.5))

@@ -220,8 +220,8 @@ class Transport:
 
     def _encrypt(self, sock: socket.socket, place: Place) -> socket.socket:
         secured = self._secure().wrap_socket(sock, server_hostname=place.host, do_handshake_on_connect=False)
-        self._watchdog.guard(secured, CONNECT_S)
         try:
+            self._watchdog.guard(secured, CONNECT_S)
             secured.do_handshake()
         except ssl.SSLCertVerificationError as error:
             secured.close()
