@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -104,7 +105,7 @@ def test_debian_is_given_systemd_once(person: Person, make: Callable[..., proc.C
     reference = f"rootfs:{bootstrap(suite, ['ca-certificates'])}"
     first = make(reference, f"{suite}-1")
     assert first.status == 0, first.stderr.decode()
-    assert b"has no init: installing one (systemd" in first.stderr
+    assert b"has no init: installing one by recipe debian 1: systemd," in first.stderr
     assert person.berth("wait", f"{suite}-1", "--for", "init", "--timeout", "60").strip() == "running"
     assert person.run(f"{suite}-1", "systemctl", "is-system-running").strip() == "running"
     assert person.run(f"{suite}-1", "sudo", "-n", "id", "-u").strip() == "0"
@@ -195,55 +196,58 @@ def test_one_static_binary_is_a_machine(person: Person, make: Callable[..., proc
     assert person.try_berth("run", "-n", "static", "--", "hello").stderr == b"hello from a static binary\n"
 
 
-@pytest.mark.container("the throw-away machine is a container in any case")
-def test_nothing_stays_of_an_adapting_that_was_killed(
-    person: Person, make: Callable[..., proc.Completed], minbase: Path, alpine_tar: Path, scratch: Path
-) -> None:
-    """A recipe of the user's own that never ends is killed; the next command of another machine sweeps."""
-    recipe = (
+@pytest.fixture
+def endless(person: Person) -> Generator[None]:
+    """A recipe of the person's own that never ends."""
+    folder = person.layout.config / "recipes"
+    folder.mkdir(parents=True)
+    (folder / "debian.toml").write_text(
         'schema = 1\nversion = 1\nids = ["debian"]\nmanagers = ["apt-get"]\n'
         'steps = [{ say = "waiting", run = ["sleep", "1000"] }]\n'
     )
-    folder = person.layout.config / "recipes"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "debian.toml").write_text(recipe)
+    yield
+    shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def adapting(person: Person, image: Path, name: str) -> Generator[subprocess.Popen[bytes]]:
+    """Begin to create a machine, as far as the recipe's step; whatever happens, it is ended."""
+    process = person.popen("create", f"rootfs:{image}", "--name", name)
+    assert process.stderr is not None
+    said: list[bytes] = []
     try:
-        process = person.popen("create", f"rootfs:{minbase}", "--name", "killed")
-        assert process.stderr is not None
-        while b": waiting" not in (line := process.stderr.readline()):
-            assert line, "it ended"
-        assert len(set(leftovers(person))) == 1
-        assert ".adapt" not in person.berth("ls", "-q")
-        person.berth("image", "prune")
+        while not said or b": waiting" not in said[-1]:
+            said.append(process.stderr.readline())
+            assert said[-1], b"".join(said)
+        yield process
+    finally:
         process.kill()
         process.communicate()
-        assert leftovers(person)
-    finally:
-        shutil.rmtree(folder)
-    done = make(f"rootfs:{alpine_tar}", "after", "--home-mount", "none")
+
+
+@pytest.mark.container("the throw-away machine is a container in any case")
+@pytest.mark.usefixtures("endless")
+def test_nothing_stays_of_an_adapting_that_was_killed(
+    person: Person, make: Callable[..., proc.Completed], minbase: Path, alpine_tar: Path
+) -> None:
+    with adapting(person, minbase, "killed"):
+        assert len(set(leftovers(person))) == 1
+        assert not person.berth("ls", "-q").count("adapt")
+        person.berth("image", "prune")
+    assert leftovers(person)
+    done = make(f"rootfs:{alpine_tar}", "after", "--home-mount", "none")  # any next create sweeps
     assert done.status == 0, done.stderr.decode()
     assert not leftovers(person)
     assert "killed" not in person.berth("ls", "-q")
 
 
 @pytest.mark.container("the throw-away machine is a container in any case")
+@pytest.mark.usefixtures("endless")
 def test_nothing_stays_of_an_adapting_that_was_interrupted(person: Person, minbase: Path) -> None:
-    folder = person.layout.config / "recipes"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "debian.toml").write_text(
-        'schema = 1\nversion = 1\nids = ["debian"]\nmanagers = ["apt-get"]\n'
-        'steps = [{ say = "waiting", run = ["sleep", "1000"] }]\n'
-    )
-    try:
-        process = person.popen("create", f"rootfs:{minbase}", "--name", "interrupted")
-        assert process.stderr is not None
-        while b": waiting" not in (line := process.stderr.readline()):
-            assert line, "it ended"
+    with adapting(person, minbase, "interrupted") as process:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
         assert process.returncode == 130
-    finally:
-        shutil.rmtree(folder)
     assert not leftovers(person)
 
 

@@ -121,7 +121,8 @@ def _adapt(
         found = _find(images, image, recipe)  # made while we waited
         if found is not None:
             return found
-        progress.note(f"{image.reference or image.digest} has no init: installing one ({', '.join(recipe.packages)})")
+        what = f": {', '.join(recipe.packages)}" if recipe.packages else ""
+        progress.note(f"{image.reference or image.digest} has no init: installing one by recipe {recipe}{what}")
         try:
             _carry_out(layout, images, image, facts, recipe, progress)
         finally:

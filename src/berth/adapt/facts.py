@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -106,6 +105,8 @@ def read_layers(layers: Sequence[tuple[int, str]]) -> Facts:
 
 def parse_os_release(text: bytes) -> dict[str, str]:
     """Read ``KEY=value`` lines with a shell's quotes; what is none is left out. Source: os-release(5)."""
+    import shlex  # here: only a first look at an image needs it
+
     found: dict[str, str] = {}
     for line in text.decode(errors="replace").splitlines():
         key, equals, value = line.strip().partition("=")

@@ -208,7 +208,7 @@ class _Layer:
             if redirect is not None:
                 below = self._redirected(path, origin, redirect)
             self._directory(path, fd)
-            if not complete and (redirect is not None or (is_opaque and self._hides(origin, name))):
+            if not complete and (redirect is not None or is_opaque) and self._hides(origin, name):
                 self._whiteout(path + b"/" + _OPAQUE, marker=True)
             self.walk(path, fd, below, complete=complete or redirect is not None, depth=depth + 1)
         finally:
