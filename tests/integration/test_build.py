@@ -126,7 +126,9 @@ def test_layers_are_shared_and_steps_cached(person: Person, base: str, context: 
     assert layers[1][:1] == layers[0]
     assert layers[1] == layers[2]
     third = person.berth("build", "--no-cache", str(context), timeout_s=300)
-    assert json.loads(person.berth("image", "inspect", third.strip()))["manifest"]["layers"][1]["digest"] not in layers[1]
+    assert (
+        json.loads(person.berth("image", "inspect", third.strip()))["manifest"]["layers"][1]["digest"] not in layers[1]
+    )
 
 
 def test_secrets_are_shown_and_not_kept(person: Person, base: str, context: Path, scratch: Path) -> None:

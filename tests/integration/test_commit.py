@@ -16,13 +16,13 @@ from support import need
 pytestmark = pytest.mark.container
 
 CHANGE = (
-    "echo new > /srv/new; rm -f /etc/motd; rm -rf /media; mv /usr/share /usr/share2; mkdir /usr/share; touch /usr/share/x;"
-    "chown 1234:4321 /srv/new; chmod 4750 /srv/new; ln -s /srv/new /link; ln /srv/new /hard; echo changed >> /etc/profile;"
-    "rm -rf /opt && mkdir /opt && touch /opt/own"
+    "echo new > /srv/new; rm -f /etc/motd; rm -rf /media; mv /usr/share /usr/share2; mkdir /usr/share;"
+    "touch /usr/share/x; chown 1234:4321 /srv/new; chmod 4750 /srv/new; ln -s /srv/new /link; ln /srv/new /hard;"
+    "echo changed >> /etc/profile; rm -rf /opt && mkdir /opt && touch /opt/own"
 )
 LOOK = (
-    "cat /srv/new; stat -c '%u %g %a %h' /srv/new; readlink /link; ls /usr/share /opt; tail -n 1 /etc/profile; hostname;"
-    "ls -d /etc/motd /media /usr/share2/apk 2>/dev/null; true"
+    "cat /srv/new; stat -c '%u %g %a %h' /srv/new; readlink /link; ls /usr/share /opt; tail -n 1 /etc/profile;"
+    "hostname; ls -d /etc/motd /media /usr/share2/apk 2>/dev/null; true"
 )
 
 

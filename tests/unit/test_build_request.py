@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Generator
@@ -120,13 +121,15 @@ def test_an_image_is_built_stored_and_named(images: Images, layout: Layout, cont
     assert not list(layout.build.glob("work-*"))
 
 
-def test_without_a_name_it_is_known_by_its_digest(images: Images, layout: Layout, context: Path, room: Room) -> None:
+@pytest.mark.usefixtures("room")
+def test_without_a_name_it_is_known_by_its_digest(images: Images, layout: Layout, context: Path) -> None:
     built = build(Request(context), images, layout, shown=silent, output=OUTPUT)
     assert built.reference == ""
     assert images.find(built.digest).digest == built.digest
 
 
-def test_the_base_is_told_by_its_digest_in_the_store(images: Images, layout: Layout, context: Path, room: Room) -> None:
+@pytest.mark.usefixtures("room")
+def test_the_base_is_told_by_its_digest_in_the_store(images: Images, layout: Layout, context: Path) -> None:
     built = build(Request(context), images, layout, shown=silent, output=OUTPUT)
     assert built.annotations["org.opencontainers.image.base.digest"] == images.find("base:1").digest
 
@@ -155,8 +158,8 @@ def test_what_buildah_wrote_is_verified(
     def call(function: str, arguments: dict[str, object], **others: object) -> object:
         answer = Room.call(room, function, arguments, **others)
         out = Path(room.options["mounts"][1]["source"]) / "out"
-        layer = digest_of((member("new") + END)).removeprefix("sha256:")
-        (out / layer).write_bytes((member("old") + END))
+        layer = digest_of(member("new") + END).removeprefix("sha256:")
+        (out / layer).write_bytes(member("old") + END)
         return answer
 
     monkeypatch.setattr(userns, "call", call)
@@ -199,7 +202,7 @@ def test_options_are_handed_on(
         ("--secret", "id=file,src=/mnt/secrets/0"), ("--secret", "id=word,env=BERTH_SECRET_1"),
         ("--ssh", "default=/mnt/ssh/0"), ("--isolation", "chroot"),
     ):  # fmt: skip
-        assert (first, second) in zip(words, words[1:], strict=False)
+        assert (first, second) in itertools.pairwise(words)
     assert {"--no-cache", "--quiet", "--pull-never"} <= set(words)
     assert not any("ABSENT" in word or "t0ken" in word for word in words)
     assert room.options["environment"] == {"BERTH_SECRET_1": "t0ken"}
@@ -230,7 +233,7 @@ def test_a_dockerfile_can_not_name_files_of_the_host(
 
 
 def test_the_file_is_found_as_docker_and_podman_find_it(
-    images: Images, layout: Layout, context: Path, room: Room, tmp_path: Path
+    images: Images, layout: Layout, context: Path, room: Room
 ) -> None:
     (context / "Containerfile").write_text("FROM base:1\n# Containerfile\n")
     (context / "other").write_text("FROM base:1\n# other\n")
