@@ -68,6 +68,7 @@ def test_no_python_stays_on_the_host(person: Person, debian: str) -> None:
 
 
 def test_logs(person: Person, debian: str) -> None:
+    person.berth("wait", debian, "--for", "init", "--timeout", "100")  # the agent answers before there is a journal
     assert "Debian" in person.berth("logs", "--boot", debian)
     person.berth("run", "-n", debian, "--root", "--", "logger", "-t", "berth-test", "a line for the journal")
     assert "a line for the journal" in person.berth("logs", debian)
@@ -75,6 +76,7 @@ def test_logs(person: Person, debian: str) -> None:
 
 
 def test_logs_of_a_stopped_machine_hold_its_services_words(person: Person, debian: str) -> None:
+    person.berth("wait", debian, "--for", "init", "--timeout", "100")
     person.berth("run", "-n", debian, "--root", "--", "logger", "-t", "berth-test", "words that outlive the machine")
     person.berth("stop", debian)
     assert "words that outlive the machine" in person.berth("logs", debian)

@@ -251,7 +251,7 @@ def test_a_login_shell_on_a_terminal(person: Person, debian: str) -> None:
     terminal.send(b"sleep 1000\n")
     time.sleep(0.5)
     terminal.send(b"\x1a")
-    terminal.send(b"jobs; kill %1; echo jobs-done\n")
+    terminal.send(b"jobs; kill -KILL %1; wait; echo jobs-done\n")
     terminal.expect(b"Stopped")
     terminal.expect(b"jobs-done")
     terminal.send(b"exit 5\n")
