@@ -174,7 +174,7 @@ class Images:
         from berth.oci.registry.push import Outgoing, push
 
         image = self.find(reference)
-        target = parse_reference(_storable(destination or image.reference or reference))
+        target = parse_reference(storable(destination or image.reference or reference))
         descriptor, manifest = self._descriptor(image), self._manifest(image)
         with contextlib.ExitStack() as stack:
             with self._store.shared():
