@@ -85,7 +85,7 @@ def _write(bundle: Bundle, config: MachineConfig, boot: BootConfig, layer: IO[by
     lower = bundle.layout.template(config.image_digest) / "rootfs"
     upper = bundle.upper
     upper.mkdir(parents=True, exist_ok=True)  # of a machine that never ran
-    layer_of(upper, layer, lower=lower if lower.exists() else None, exclude=left_out(config, boot))  # type: ignore[arg-type]
+    layer_of(upper, layer, lower=lower if lower.exists() else None, exclude=left_out(config, boot))
 
 
 def left_out(config: MachineConfig, boot: BootConfig) -> list[str]:
@@ -98,7 +98,7 @@ def _derived(machines: Machines, base: StoredImage, ingest: Ingest, layer: IO[by
     store = Store(machines.layout.images)
     listed = next(entry for entry in store.entries() if entry.digest == base.digest)
     plain = dataclasses.replace(listed, annotations={}, platform=None)
-    return derive(store, ingest, plain, layer, created_by=created_by, annotations={})  # type: ignore[arg-type]
+    return derive(store, ingest, plain, layer, created_by=created_by, annotations={})
 
 
 def _told(config: MachineConfig, message: str) -> str:
