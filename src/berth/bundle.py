@@ -14,6 +14,7 @@ machine. Layer 2: lifecycle and the engines call it. Nothing that is true only w
     machines/NAME/vm/private         what a VM has in place of hidden credentials
     machines/NAME/logs/console.log   what the console printed
     machines/NAME.partial-XXXX       a bundle that is being made; left over after a crash, swept by the next create
+    machines/.adapt-XXXX             the throw-away machine that an image is adapted in (`berth.adapt`); in no list
     machines/.trash-NAME-XXXX        a deleted bundle whose content waits for removal
 """
 
@@ -38,6 +39,7 @@ SCHEMA = 1  # of config.json and of boot-config.json
 
 _PARTIAL = ".partial-"
 _TRASH = ".trash-"
+HIDDEN = ".adapt-"
 _LOCK_S = 30.0  # edits take milliseconds: who waits longer meets something stuck
 
 
@@ -308,6 +310,16 @@ def list_bundles(layout: Layout) -> list[Listed]:
     except OSError as error:
         raise BerthError(f"{layout.machines} can't be read: {error.strerror}") from error
     found = (_read(layout, name) for name in _names(entries))
+    return [listed for listed in found if listed is not None]
+
+
+def list_hidden(layout: Layout) -> list[Listed]:
+    """Read the bundles of throw-away machines, which are no machines to anybody else."""
+    try:
+        entries = sorted(entry.name for entry in os.scandir(layout.machines) if entry.name.startswith(HIDDEN))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = (_read(layout, MachineName(name)) for name in entries)
     return [listed for listed in found if listed is not None]
 
 

@@ -30,6 +30,7 @@ MIN_DISK = 64 * MIB
 MAX_CPUS = 1024
 MAX_MEMORY = 64 * 1024 * GIB
 
+_INIT = ("/sbin/init",)
 _ID = re.compile(r"[0-9a-f]{32}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z")
 _PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9]+)?")
@@ -93,7 +94,7 @@ class MachineConfig:
     """A machine's identity: written by `create`, never changed.
 
     id: 32 hex digits, the boot document's `instance`. image_digest: of the manifest. platform: ``linux/amd64``.
-    created: RFC 3339, UTC.
+    created: RFC 3339, UTC. init: the argv of the image's init; none makes berth's agent the init.
     """
 
     name: MachineName
@@ -104,6 +105,7 @@ class MachineConfig:
     isolation: Isolation
     created: str
     user: HostUser
+    init: tuple[str, ...] = _INIT
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -114,6 +116,7 @@ class MachineConfig:
             "isolation": self.isolation,
             "created": self.created,
             "user": self.user.to_json(),
+            "init": list(self.init),
         }
 
     @classmethod
@@ -130,6 +133,7 @@ class MachineConfig:
             isolation=reader.choice("isolation", ISOLATIONS),
             created=reader.matching("created", _TIME),
             user=HostUser.from_json(reader.member("user"), where=f"{where}: user"),
+            init=reader.texts("init", str) if reader.has("init") else _INIT,  # machines of berth 0.1 have none there
         )
 
 
@@ -513,6 +517,9 @@ class _Reader:
 
     def damaged(self, member: str, why: str) -> StateFormatError:
         return StateFormatError(f"{self._where} is damaged: member '{member}' {why}")
+
+    def has(self, name: str) -> bool:
+        return name in self._doc
 
     def member(self, name: str) -> object:
         if name not in self._doc:

@@ -6,12 +6,14 @@ imported where they are gone: a machine made from a stored image does not wait f
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import os
 import stat
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from berth.errors import (
     BerthError,
@@ -19,16 +21,19 @@ from berth.errors import (
     InvalidArgumentError,
     InvalidStateError,
     NotFoundError,
+    RegistryError,
 )
 from berth.layout import Layout
 from berth.names import ImageReference, parse_reference
 from berth.oci import spec
 from berth.oci.digest import Digest, parse_prefix
 from berth.oci.spec import Descriptor, ImageConfig, Platform
-from berth.oci.store import Store
+from berth.oci.store import Ingest, Store
 from berth.progress import Progress, Silent
 
 _SOURCE = "dev.berth.source"  # where an image came from, and as what
+_RECIPE = "dev.berth.adapted.recipe"  # of `adapt.bootable`
+_BASE = "org.opencontainers.image.base.digest"  # of `oci.derive`
 _FILE_TRANSPORTS = ("oci", "oci-archive", "docker-archive", "rootfs")
 
 Layers = list[tuple[int, str]]  # open descriptor and media type of each, lowest first
@@ -67,11 +72,61 @@ class StoredImage:
         }
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class ListedImage:
+    """An image with what is known of it only beside the others, or by looking into it.
+
+    unique: bytes of blobs that no other image of the store has, shared: of the others; their sum is the image's size
+    and its manifest's. bootable: it has an init of its own; None when it can't be read. recipe: how berth adapted it
+    (``debian 1``), "" when it has not.
+    """
+
+    image: StoredImage
+    unique: int
+    shared: int
+    bootable: bool | None
+
+    @property
+    def recipe(self) -> str:
+        return self.image.annotations.get(_RECIPE, "")
+
+    @property
+    def repository(self) -> str:
+        """The name without tag and digest, in full: ``docker.io/library/debian``."""
+        return self._parsed.path if self._parsed else ""
+
+    @property
+    def tag(self) -> str:
+        return (self._parsed.tag or "") if self._parsed else ""
+
+    @property
+    def _parsed(self) -> ImageReference | None:
+        with contextlib.suppress(InvalidArgumentError):
+            parsed = parse_reference(self.image.reference)
+            return parsed if parsed.transport == "docker" else None
+        return None
+
+    def to_json(self) -> dict[str, object]:
+        """Give what ``image ls --format json`` shows of it."""
+        base = self.image.annotations.get(_BASE) if self.recipe else None
+        return {
+            **self.image.to_json(),
+            "repository": self.repository or None,
+            "tag": self.tag or None,
+            "uniqueSize": self.unique,
+            "sharedSize": self.shared,
+            "bootable": self.bootable,
+            "adapted": {"recipe": self.recipe, "base": base} if self.recipe else None,
+        }
+
+
 class Images:
     """The images in the store of `layout`."""
 
     def __init__(self, layout: Layout) -> None:
+        self._layout = layout
         self._store = Store(layout.images)
+        self._registries = layout.registries
 
     def ensure(self, reference: str, *, platform: str | None = None, progress: Progress | None = None) -> StoredImage:
         """Return the image, brought into the store if it is not there.
@@ -91,6 +146,43 @@ class Images:
             with contextlib.suppress(NotFoundError):
                 return self.find(reference)
         return self._fetch(parsed, wanted, progress)
+
+    def pull(self, reference: str, *, platform: str | None = None, progress: Progress | None = None) -> StoredImage:
+        """Bring an image as its registry has it now; what the store has of it is not fetched again.
+
+        What is stored stays, with a note, when the registry can't say; from elsewhere than a registry it is `ensure`.
+        """
+        parsed = parse_reference(reference) if _is_name(reference) else None
+        if parsed is None or parsed.transport != "docker":
+            return self.ensure(reference, platform=platform, progress=progress)
+        wanted = spec.parse_platform(platform) if platform else None
+        progress = progress or Silent()
+        stored = self._find_name(str(parsed))
+        if stored is None or stored.problem or not _is_current(stored, parsed, wanted):
+            return self.ensure(reference, platform=platform, progress=progress)
+        try:
+            return self._fetch(parsed, wanted, progress, bootstrapped=False)
+        except RegistryError as error:
+            progress.note(f"{error.message}; '{parsed.familiar}' stays as it is in the store")
+            return stored
+
+    def push(self, reference: str, destination: str | None = None, *, progress: Progress | None = None) -> str:
+        """Put an image of the store into the registry that `destination`, else its reference, names; return that name.
+
+        Raises NotFoundError, ImageFormatError, InvalidArgumentError, and RegistryError.
+        """
+        from berth.oci.registry.push import Outgoing, push
+
+        image = self.find(reference)
+        target = parse_reference(storable(destination or image.reference or reference))
+        descriptor, manifest = self._descriptor(image), self._manifest(image)
+        with contextlib.ExitStack() as stack:
+            with self._store.shared():
+                blobs = {blob.digest: (blob, self._opened(stack, blob)) for blob in (manifest.config, *manifest.layers)}
+            known = self._known_at(target.path.partition("/")[0])
+            outgoing = Outgoing(descriptor, self._store.read(descriptor), blobs, known)
+            push(target, outgoing, progress=progress or Silent(), registries=self._registries)
+        return str(target)
 
     def find(self, reference: str) -> StoredImage:
         """Look an image up by reference, digest, or the beginning of a digest that fits one image only.
@@ -119,10 +211,40 @@ class Images:
             found = [image for image in found if image.digest in listed]
         return found
 
+    def list_detailed(self) -> Sequence[ListedImage]:
+        """`list`, with what each image shares with others and whether it boots; slow for images never looked into."""
+        images = self.list()
+        parts = {image.digest: self._parts(image) for image in images}
+        users = collections.Counter(digest for blobs in parts.values() for digest in blobs)
+        return [self._detailed(image, parts[image.digest], users) for image in images]
+
+    def _detailed(self, image: StoredImage, parts: Mapping[str, int], users: Mapping[str, int]) -> ListedImage:
+        unique = sum(size for digest, size in parts.items() if users[digest] == 1)
+        return ListedImage(image, unique, sum(parts.values()) - unique, self._is_bootable(image))
+
+    def _parts(self, image: StoredImage) -> dict[str, int]:
+        """Say which blobs an image has, and how long each is; none for a damaged one."""
+        if image.problem:
+            return {}
+        with contextlib.suppress(ImageFormatError, NotFoundError):
+            listed = self._descriptor(image)
+            return {item.digest: item.size for item in (listed, *self._store.children(listed))}
+        return {}
+
+    def _is_bootable(self, image: StoredImage) -> bool | None:
+        from berth.adapt.facts import inspect
+
+        if image.problem:
+            return None
+        try:
+            return inspect(self._layout, self, image).has_init
+        except (BerthError, OSError):  # a list shows what is damaged, and does not fail on it
+            return None
+
     def inspect(self, reference: str) -> dict[str, object]:
-        """Return all that is known of an image: its item of `list`, its manifest and its config."""
+        """Return all that is known of an image: its item of `list_detailed`, its manifest and its config."""
         image = self.find(reference)
-        shown = image.to_json()
+        shown = next((item.to_json() for item in self.list_detailed() if item.image == image), image.to_json())
         if not image.problem:
             manifest = self._manifest(image)
             shown["references"] = [item.reference for item in self.list() if item.digest == image.digest]
@@ -144,6 +266,16 @@ class Images:
         return opened
 
     @contextlib.contextmanager
+    def keeping(self, image: StoredImage) -> Generator[None]:
+        """Hold off removals while a machine comes to be that needs the image; for milliseconds.
+
+        Raises NotFoundError when it has been removed since it was looked up.
+        """
+        with self._store.shared():
+            self._descriptor(image)
+            yield
+
+    @contextlib.contextmanager
     def opened_layers(self, image: StoredImage) -> Generator[Layers]:
         """`layers` for a block, which closes them."""
         opened = self.layers(image)
@@ -159,7 +291,7 @@ class Images:
         """Make an image of a root file system, a directory or a tar archive, and name it `reference`."""
         from berth.oci.rootfs import fetch_rootfs
 
-        name = _storable(reference)
+        name = storable(reference)
         wanted = spec.parse_platform(platform) if platform else None
         progress = progress or Silent()
         progress.step(f"importing {path}")
@@ -201,11 +333,44 @@ class Images:
 
     def tag(self, source: str, reference: str) -> StoredImage:
         """Give an image one more reference; what had it before is kept without."""
-        name = _storable(reference)
+        name = storable(reference)
         image = self.find(source)
         with self._store.exclusive() as lock:
             self._store.tag(lock, self._descriptor(image), [name])
         return self.find(name)
+
+    def add(
+        self,
+        fill: Callable[[Ingest], Descriptor],
+        references: Sequence[str],
+        *,
+        progress: Callable[[int, int | None], None] = lambda _done, _total: None,
+    ) -> StoredImage:
+        """Put an image that `fill` gathers in an import, returning its manifest, into the store under `references`."""
+        names = [storable(reference) for reference in references]
+        with self._store.ingest(progress) as ingest:
+            manifest = fill(ingest)
+            ingest.commit(manifest, names)
+        return self.find(names[0] if names else manifest.digest)
+
+    def manifest(self, image: StoredImage) -> spec.Manifest:
+        """Return an image's manifest. Raises ImageFormatError for a damaged image, NotFoundError."""
+        return self._manifest(image)
+
+    def config_document(self, image: StoredImage) -> Mapping[str, object]:
+        """Return an image's config as it is, with members that berth does not know."""
+        config = self._manifest(image).config
+        return cast("Mapping[str, object]", spec.parse_json(self._store.read(config), where=config.digest))
+
+    def link_blobs(self, descriptors: Sequence[Descriptor], folder: Path) -> None:
+        """Give `folder`, on the store's file system, hard links to blobs: they stay though the image is removed.
+
+        Raises ImageFormatError for one that is missing.
+        """
+        for descriptor in descriptors:
+            os.close(self._store.open(descriptor))  # also that it has its size
+            if not self._store.link(descriptor.digest, folder):
+                raise ImageFormatError(f"blob {descriptor.digest} is missing in the image store")
 
     def remove(self, references: Sequence[str], in_use: InUse) -> Names:
         """Remove references, and with its last one the image; return what was removed.
@@ -249,15 +414,39 @@ class Images:
 
     # What is private
 
-    def _fetch(self, reference: ImageReference, platform: Platform | None, progress: Progress) -> StoredImage:
+    def _opened(self, stack: contextlib.ExitStack, blob: Descriptor) -> int:
+        fd = self._store.open(blob)
+        stack.callback(os.close, fd)
+        return fd
+
+    def _known_at(self, registry: str) -> Mapping[Digest, Names]:
+        """Say which repositories of a registry should have which blobs: images of that name came from there."""
+        known: dict[Digest, Names] = {}
+        for entry in self._store.entries():
+            host, _, rest = entry.annotations.get(spec.REF_NAME, "").partition("/")
+            if host != registry or entry.media_type not in spec.MANIFESTS:
+                continue
+            with contextlib.suppress(ImageFormatError, InvalidArgumentError):
+                repository = parse_reference(f"{host}/{rest}").path.partition("/")[2]
+                for layer in self._store.manifest(entry).layers:
+                    known.setdefault(layer.digest, []).append(repository)
+        return known
+
+    def _fetch(
+        self, reference: ImageReference, platform: Platform | None, progress: Progress, *, bootstrapped: bool = True
+    ) -> StoredImage:
+        """Bring an image in. bootstrapped: a distribution is, where its registry can't be reached."""
         from berth.oci.fetch import fetch
 
         name = str(reference)
-        # A root file system tells by itself how far its archive is read, and knows the total.
-        copied = progress.advance if reference.transport != "rootfs" else Silent().advance
+        # Root file systems and registries tell by themselves how far they are, and know the total.
+        copied = progress.advance if reference.transport not in ("rootfs", "docker") else Silent().advance
         with self._store.ingest(copied) as ingest:
             fingerprint = _fingerprint(reference)  # before it is read: a change after that is seen the next time
-            manifest = fetch(reference, ingest, platform=platform, progress=progress)
+            manifest = fetch(
+                reference, ingest, platform=platform, progress=progress, registries=self._registries,
+                bootstrapped=bootstrapped,
+            )  # fmt: skip
             source = {_SOURCE: fingerprint} if fingerprint else {}
             ingest.commit(dataclasses.replace(manifest, annotations=source), [name])
         found = self._find_name(name)
@@ -330,7 +519,7 @@ def _is_name(text: str) -> bool:
     return not text.startswith("sha256:")
 
 
-def _storable(reference: str) -> str:
+def storable(reference: str) -> str:
     """Return the full form of a name that an image may get. Raises InvalidArgumentError for a transport or a digest."""
     parsed = parse_reference(reference)
     if parsed.transport != "docker" or parsed.digest is not None:

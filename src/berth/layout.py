@@ -29,6 +29,11 @@ class Layout:
         """Read the roots from the environment by the XDG rules; root's are /var/lib, /run, /etc, /var/cache."""
         return cls(*(Path(fastpath.root(kind)) for kind in ("DATA", "RUNTIME", "CONFIG", "CACHE")))
 
+    # Mirrors, insecure registries, CAs: the person's own file (docs/registries.md).
+    @property
+    def registries(self) -> Path:
+        return self.config / "registries.toml"
+
     # The image store: an OCI image layout (image-spec, image-layout.md).
     @property
     def images(self) -> Path:
@@ -55,6 +60,11 @@ class Layout:
     def kernels(self) -> Path:
         return self.data / "kernels"
 
+    # What buildah keeps for `berth build`: its storage, which is a cache, and one directory per build at work.
+    @property
+    def build(self) -> Path:
+        return self.data / "build"
+
     @property
     def machines(self) -> Path:
         return self.data / "machines"
@@ -73,6 +83,20 @@ class Layout:
     @property
     def addresses_lock(self) -> Path:
         return self.data / "addresses.lock"
+
+    # Held by whoever adapts an image.
+    @property
+    def adapt_lock(self) -> Path:
+        return self.data / "adapt.lock"
+
+    # The user's own recipes for adapting images, and those that take the place of berth's.
+    @property
+    def recipes(self) -> Path:
+        return self.config / "recipes"
+
+    # What was found out about an image, by manifest digest.
+    def inspection(self, digest: str) -> Path:
+        return self.cache / "inspections" / f"{digest.replace(':', '-')}.json"
 
     @property
     def machines_lock(self) -> Path:

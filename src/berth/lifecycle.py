@@ -38,6 +38,7 @@ from berth.units import utc_now
 if TYPE_CHECKING:
     import _socket
 
+    from berth.adapt import AdaptMode, Bootable
     from berth.images import Images, StoredImage
 
 STOP_S = 10.0  # seconds that a guest's init gets to power off
@@ -102,9 +103,12 @@ class Machines:
         platform: str | None = None,
         boot: bool = True,
         set_default: bool = False,
+        adapt: AdaptMode = "auto",
         progress: Progress | None = None,
     ) -> MachineName:
         """Make a machine from an image and boot it; a failure leaves nothing of it behind (the image stays).
+
+        adapt: whether an image without an init is given one (docs/adapting.md).
 
         Raises ExistsError, InvalidArgumentError, UnsupportedError, RegistryError, ImageFormatError and what a boot
         raises.
@@ -112,6 +116,7 @@ class Machines:
         progress = progress or Silent()
         checked = parse_machine_name(name) if name is not None else self._free_name(reference)
         bundles.check_free(self.layout, checked)
+        self._sweep_adapting()
         self.layout.agent_socket(checked)  # refuses a path too long before the work, not after
         boot_config = boot_config or BootConfig()
         if isolation == "auto" and (boot_config.kernel or boot_config.virtualization):
@@ -123,12 +128,16 @@ class Machines:
         check_fits(chosen, boot_config)
         if why is not None:
             progress.note(f"{checked} is {why}")
+        reference = image.reference or image.digest
+        bootable = self._make_bootable(image, adapt, progress)
+        image = bootable.image
         config = MachineConfig(
-            name=checked, id=uuid.uuid4().hex, image_reference=image.reference, image_digest=image.digest,
+            name=checked, id=uuid.uuid4().hex, image_reference=reference, image_digest=image.digest,
             platform=image.platform, isolation=chosen, created=utc_now(), user=HostUser.current(),
+            init=bootable.init,
         )  # fmt: skip
         # The bundle comes first: from then on the image and its template are in use, and no prune takes them.
-        with bundles.create(self.layout, config, boot_config):
+        with self.images.keeping(image), bundles.create(self.layout, config, boot_config):
             addresses.allocate(self.layout, checked)
         try:
             self._ensure_template(self._load(checked), image, progress)
@@ -144,6 +153,18 @@ class Machines:
         else:
             bundles.set_default_if_none(self.layout, checked)
         return checked
+
+    def _make_bootable(self, image: StoredImage, adapt: AdaptMode, progress: Progress) -> Bootable:
+        from berth.adapt import make_bootable
+
+        try:
+            return make_bootable(
+                self.layout, self.images, image, mode=adapt, in_use=self.images_in_use, progress=progress
+            )
+        except BaseException:
+            if not bundles.list_bundles(self.layout):
+                self._end_network()
+            raise
 
     def _ensure_template(self, machine: Machine, image: StoredImage, progress: Progress) -> None:
         engine = self._engine(machine)
@@ -185,7 +206,15 @@ class Machines:
         with contextlib.suppress(InvalidStateError):
             teardown(self.layout)
 
+    def _sweep_adapting(self) -> None:
+        """Remove what a killed berth left of adapting an image."""
+        if bundles.list_hidden(self.layout):
+            from berth.adapt.workshop import sweep
+
+            sweep(self.layout)
+
     def _empty_trash(self) -> None:
+        self._sweep_adapting()
         for path in bundles.trash(self.layout):
             trees.delete(path)
 
@@ -201,9 +230,7 @@ class Machines:
         engine = self._engine(machine)
         if engine.find(machine).state == "stopped":
             if not engine.has_template(machine):
-                image = self.images.ensure(
-                    machine.config.image_reference, platform=machine.config.platform, progress=progress
-                )
+                image = self._find_image(machine, progress)
                 if image.digest != machine.config.image_digest:
                     raise BerthError(
                         f"the image of machine '{machine.config.name}' is gone: {machine.config.image_digest}"
@@ -214,6 +241,13 @@ class Machines:
                 progress.note(limit)
         else:
             engine.repair(machine)
+
+    def _find_image(self, machine: Machine, progress: Progress) -> StoredImage:
+        """Find the image of a machine: by its digest, for an adapted one has another than its name says."""
+        with contextlib.suppress(NotFoundError):
+            return self.images.find(machine.config.image_digest)
+        config = machine.config
+        return self.images.ensure(config.image_reference, platform=config.platform, progress=progress)
 
     def stop(self, name: str, *, force: bool = False, timeout_s: float = STOP_S) -> None:
         """Power a machine off: ask its init, and after `timeout_s` end it. Idempotent."""
@@ -409,14 +443,14 @@ class Machines:
     def usage(self) -> builtins.list[tuple[str, int]]:
         """Count the bytes on disk: (what, bytes)."""
         places = [("images", self.layout.images), ("templates", self.layout.templates), ("disks", self.layout.disks)]
-        places += [("kernels", self.layout.kernels)]
+        places += [("kernels", self.layout.kernels), ("build cache", self.layout.build)]
         places += [(f"machine {item.name}", item.bundle.path) for item in bundles.list_bundles(self.layout)]
         return [(what, trees.usage(path)) for what, path in places]
 
     def images_in_use(self) -> dict[str, builtins.list[str]]:
         """Say which manifest digests machines were made from: digest → machine names."""
         used: dict[str, builtins.list[str]] = {}
-        for listed in bundles.list_bundles(self.layout):
+        for listed in [*bundles.list_bundles(self.layout), *bundles.list_hidden(self.layout)]:
             if listed.config is not None:
                 used.setdefault(listed.config.image_digest, []).append(listed.name)
         return used
@@ -429,7 +463,15 @@ class Machines:
         progress.step("removing unused images")
         self.images.prune(self.images_in_use)
         self.prune_templates()
+        self._forget_builds(progress)
         self._end_network()
+
+    def _forget_builds(self, progress: Progress) -> None:
+        if self.layout.build.exists():
+            from berth.build import forget
+
+            progress.step("removing the build cache")
+            forget(self.layout)
 
     def prune_templates(self) -> None:
         """Remove templates whose image is neither stored nor used by a machine."""

@@ -105,6 +105,18 @@ def run_captured(
         _close(sock, outputs)
 
 
+def run_into(sock: _socket.socket, request: ExecRequest, output: Output, *, timeout_s: float) -> int:
+    """Run a command without stdin, both of whose outputs go to `output` as they come; return its exit status.
+
+    Otherwise as `run_captured`, for what is not to be kept in memory.
+    """
+    outputs = {STDOUT: output, STDERR: output}
+    try:
+        return _Session(sock, request, None, outputs).run(timeout_s)
+    finally:
+        _close(sock, outputs)
+
+
 def _close(sock: _socket.socket, outputs: dict[int, Output]) -> None:
     sock.close()
     for output in outputs.values():

@@ -73,6 +73,11 @@ def mount(source: str | None, target: str, fstype: str | None, flags: int, data:
     _check(_libc.mount(_text(source), _text(target), _text(fstype), ctypes.c_ulong(flags), _text(data)), target)
 
 
+def unmount(target: str) -> None:
+    """Detach the mount at `target`, at once or when its last user leaves. Raises OSError."""
+    _check(_libc.umount2(_text(target), _MNT_DETACH), target)
+
+
 def open_tree(path: str, *, recursive: bool) -> int:
     """Clone the mount (tree) at `path`, detached; return its descriptor. Raises OSError."""
     flags = _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC | (_AT_RECURSIVE if recursive else 0)

@@ -22,11 +22,11 @@ LAYERS: dict[str, int] = {
         ),
         1,
     ),
-    **dict.fromkeys(("config", "wire", "oci", "bundle", "machineinfo"), 2),
+    **dict.fromkeys(("config", "wire", "oci", "bundle", "machineinfo", "dockerfile"), 2),
     **dict.fromkeys(
         ("agent", "session", "terminal", "kernels", "engine", "net", "check", "autostart", "consolelog"), 3
     ),
-    **dict.fromkeys(("images", "lifecycle", "api"), 5),
+    **dict.fromkeys(("images", "adapt", "lifecycle", "api", "build", "buildroom", "commit"), 5),
     **dict.fromkeys(("cli", "", "__main__"), 6),
 }  # fmt: skip
 

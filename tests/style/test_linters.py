@@ -18,7 +18,8 @@ _DEADLINE_S = 600.0
 # What only ever runs on Linux, and so need not be right for a Mac: below src/berth.
 LINUX_ONLY = (
     "engine/crun/", "engine/qemu/", "engine/running.py", "net/", "check/", "userns.py",
-    "inside.py", "syscalls.py", "rooted.py", "oci/layer.py", "oci/bootstrap.py", "oci/unpack.py",
+    "inside.py", "syscalls.py", "rooted.py", "oci/layer.py", "oci/bootstrap.py", "oci/unpack.py", "oci/diff.py",
+    "buildroom.py", "adapt/",
 )  # fmt: skip
 SCRIPTS = sorted(path for folder in ("script", ".ci") for path in (ROOT / folder).glob("*"))
 # Names of places where packages are fetched from, in two halves so that this file does not name them either: what

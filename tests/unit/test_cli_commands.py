@@ -52,9 +52,9 @@ class FakeMachines:
 
     def create(
         self, reference: str, *, name: str | None, boot_config: BootConfig, isolation: str, platform: str | None,
-        boot: bool, set_default: bool, progress: Progress,
+        boot: bool, set_default: bool, adapt: str, progress: Progress,
     ) -> MachineName:  # fmt: skip
-        self.asked = [reference, isolation, platform, boot, set_default]
+        self.asked = [reference, isolation, platform, boot, set_default, adapt]
         self.boot = boot_config
         progress.step("making it")
         return MachineName(name or "debian-12")
@@ -261,13 +261,13 @@ class TestUsage:
 class TestMachines:
     def test_create(self, machines: FakeMachines, berth: Run, tmp_path: Path) -> None:
         assert berth("create", "debian:12") == (0, "debian-12\n", "making it …\n")
-        assert machines.asked == ["debian:12", "auto", None, True, False]
+        assert machines.asked == ["debian:12", "auto", None, True, False, "auto"]
         assert machines.boot == BootConfig()
         words = f"""create -n dev debian:12 --cpus 2 --memory 2G --disk 9G --home-mount ro --mount {tmp_path}:/a:ro
             --mount {tmp_path}:/b --expose .ssh -e A=1 --env B=2 --virtualization --no-boot --set-default
-            --isolation container --platform arm64 --progress none"""
+            --isolation container --platform arm64 --progress none --adapt never"""
         assert berth(*words.split()) == (0, "dev\n", "")
-        assert machines.asked == ["debian:12", "container", "linux/arm64", False, True]
+        assert machines.asked == ["debian:12", "container", "linux/arm64", False, True, "never"]
         same, _ = apply_assignments(
             BootConfig(),
             ["cpus=2", "memory=2G", "disk=9G", "home-mount=ro", f"mount+={tmp_path}:/a:ro", f"mount+={tmp_path}:/b",

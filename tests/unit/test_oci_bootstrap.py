@@ -13,6 +13,7 @@ from berth.layout import Layout
 from berth.oci import bootstrap
 from berth.oci.aptsources import AptSource, read_apt_sources
 from berth.oci.bootstrap import Recipe, is_bootstrappable, mmdebstrap_command, parse_recipe, plan_sources
+from registries import refuse_the_world
 from tars import rootfs
 
 KEY = "/usr/share/keyrings/debian-archive-keyring.gpg"
@@ -180,6 +181,11 @@ class Heard:
         self.notes.append(text)
 
 
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_the_world(monkeypatch)
+
+
 def images_at(tmp_path: Path) -> Images:
     return Images(Layout(*(tmp_path / name for name in ("data", "run", "config", "cache"))))
 
@@ -200,7 +206,7 @@ def test_what_can_neither_be_pulled_nor_bootstrapped(fake: Path, tmp_path: Path)
     fake.write_text("#!/bin/sh\nexit 1\n")
     heard = Heard()
     with pytest.raises(
-        RegistryError, match=r"not built yet; nor can it be bootstrapped: .* no Ubuntu mirror"
+        RegistryError, match=r"can't reach registry docker\.io: .*; nor can it be bootstrapped: .* no Ubuntu mirror"
     ) as caught:
         images_at(tmp_path).ensure("ubuntu:24.04", progress=heard)
     assert caught.value.hint

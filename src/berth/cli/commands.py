@@ -51,8 +51,11 @@ MACHINES = (
     Entry("wait", "show", "wait until a machine answers or has settled"),
 )
 IMAGES = (
+    Entry("build", "build", "build an image from a Dockerfile"),
+    Entry("commit", "commit", "make an image of a machine"),
     Entry("image ls", "image", "list the images in the store", ("list",)),
     Entry("image pull", "image", "bring an image into the store"),
+    Entry("image push", "image", "put an image into a registry"),
     Entry("image inspect", "image", "show an image, as JSON"),
     Entry("image tag", "image", "give an image another name"),
     Entry("image rm", "image", "remove images", ("delete",)),
@@ -60,6 +63,8 @@ IMAGES = (
     Entry("image load", "image", "read images from an archive"),
     Entry("image save", "image", "write images to an archive"),
     Entry("image import", "image", "make an image from a root file system"),
+    Entry("login", "registry", "log in to a registry"),
+    Entry("logout", "registry", "log out of a registry"),
 )
 SYSTEM = (
     Entry("system check", "system", "say what berth needs on this host and what is missing", ("doctor",)),
@@ -76,7 +81,12 @@ HIDDEN = (Entry("__complete", "completion", "say how a command line may go on"),
 
 _GROUPS = (("Machines", MACHINES), ("Images", IMAGES), ("System", SYSTEM))
 _ALL = (*MACHINES, *IMAGES, *SYSTEM, *HIDDEN)
-NOUNS = {"machine": MACHINES, "m": MACHINES, "image": IMAGES, "system": SYSTEM}
+NOUNS = {
+    "machine": MACHINES,
+    "m": MACHINES,
+    "image": tuple(entry for entry in IMAGES if entry.noun),
+    "system": tuple(entry for entry in SYSTEM if entry.noun),
+}
 # Words that mean a command of another noun.
 _SHORTCUTS = {"doctor": "system check", "images": "image ls"}
 

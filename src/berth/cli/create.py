@@ -20,7 +20,8 @@ def _configure(parser: Parser) -> Handler:
         """
         Makes a machine from an image, boots it and prints its name. An image that is not in the store is pulled
         first; if its registry can't be reached and it is a release of a distribution that can be bootstrapped
-        (debian:12), it is made from the distribution's package mirror instead. An image without an init is given one.
+        (debian:12), it is made from the distribution's package mirror instead. An image without an init is given one
+        by its distribution's package manager, once: the next machine of it is made from the result.
 
         The first machine becomes the default: the one that commands mean when none is named. A create that fails
         leaves nothing behind.
@@ -51,6 +52,8 @@ def _configure(parser: Parser) -> Handler:
         if key.flag:
             _add_key(parser, key, key.flag)
     parser.option("--platform", metavar="OS/ARCH", help="take the image for this platform (linux/arm64)")
+    parser.option("--adapt", choices=("auto", "never"), default="auto", metavar="auto|never",
+                  help="give an image without an init one (auto), or make berth's agent its init (never)")  # fmt: skip
     parser.add_common(progress=True)
     return _create
 
@@ -95,7 +98,7 @@ def _create(args: argparse.Namespace) -> int:
     with progress.display(args.progress) as shown:
         made = common.machines().create(
             args.image, name=name, boot_config=boot, isolation=isolation, platform=platform,
-            boot=not args.no_boot, set_default=args.set_default, progress=shown,
+            boot=not args.no_boot, set_default=args.set_default, adapt=args.adapt, progress=shown,
         )  # fmt: skip
     emit(made)
     return 0

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from berth.names import parse_reference
 from berth.units import format_size
 
 if TYPE_CHECKING:
-    from berth.images import Images, StoredImage
+    from berth.images import Images, ListedImage, StoredImage
 
 _SHORT = 19  # "sha256:" and 12 digits: enough to name an image by
 
@@ -54,11 +54,15 @@ def _ls(parser: Parser) -> Handler:
     parser.describe(
         """
         Lists the images in the store. The store is a standard OCI image layout, so skopeo and buildah can read it.
+
+        SIZE is what an image takes, UNIQUE what of it no other image has: what removing it wins. BOOTABLE says whether
+        it has an init of its own; 'berth create' gives one to an image that has none. ADAPTED names the recipe by
+        which an image was made out of such a one.
         """,
         examples=(("berth image ls", "a table"), ("berth image ls -q", "the references alone")),
         more="""
-        In JSON each image has the keys reference (in full), digest, platform, size (bytes), createdDate, annotations
-        and problem.
+        In JSON each image has the keys reference (in full), repository, tag, digest, platform, size, uniqueSize and
+        sharedSize (bytes), createdDate, bootable, adapted (recipe and base), annotations and problem.
         """,
     )
     add_format(parser)
@@ -67,36 +71,75 @@ def _ls(parser: Parser) -> Handler:
 
 
 def _do_ls(args: argparse.Namespace) -> int:
-    images = sorted(_images().list(), key=lambda image: (not image.reference, image.reference))
+    if args.quiet:
+        images = sorted(_images().list(), key=_by_name)
+        names = [image.reference or image.digest for image in images]
+        if args.format == "json":
+            emit_json(names)
+        else:
+            for image in images:
+                emit(familiar_name(image))
+        return 0
+    listed = sorted(_images().list_detailed(), key=lambda item: _by_name(item.image))
     if args.format == "json":
-        emit_json([image.reference or image.digest if args.quiet else image.to_json() for image in images])
-    elif args.quiet:
-        for image in images:
-            emit(familiar_name(image))
-    else:
-        headings = ("REFERENCE", "DIGEST", "PLATFORM", "SIZE", "CREATED", "PROBLEM")
-        columns = len(headings) if any(image.problem for image in images) else len(headings) - 1
-        emit_table(headings[:columns], [_row(image)[:columns] for image in images])
+        emit_json([item.to_json() for item in listed])
+        return 0
+    columns = _columns(listed)
+    emit_table([heading for heading, _ in columns], [[cell(item) for _, cell in columns] for item in listed])
     return 0
 
 
-def _row(image: StoredImage) -> tuple[str, ...]:
-    name = familiar_name(image) if image.reference else ""
-    size = format_size(image.size) if image.size else ""
-    return name, image.digest[:_SHORT], image.platform, size, time_cell(image.created), image.problem
+def _by_name(image: StoredImage) -> tuple[bool, str]:
+    return not image.reference, image.reference
+
+
+def _columns(listed: Sequence[ListedImage]) -> Sequence[tuple[str, Callable[[ListedImage], str]]]:
+    """Say what the table shows: a column that would be empty, or the same in every line, is left out."""
+    from berth.oci.spec import host_platform
+
+    foreign = any(item.image.platform not in ("", str(host_platform())) for item in listed)
+    return [
+        ("REPOSITORY", _repository),
+        ("TAG", lambda item: item.tag),
+        ("DIGEST", lambda item: item.image.digest[:_SHORT]),
+        *([("PLATFORM", lambda item: item.image.platform)] if foreign else []),
+        ("SIZE", lambda item: _size(item.image.size)),
+        ("UNIQUE", lambda item: _size(item.unique)),
+        ("CREATED", lambda item: time_cell(item.image.created)),
+        ("BOOTABLE", lambda item: _BOOTABLE[item.bootable]),
+        *([("ADAPTED", lambda item: item.recipe)] if any(item.recipe for item in listed) else []),
+        *([("PROBLEM", lambda item: item.image.problem)] if any(item.image.problem for item in listed) else []),
+    ]
+
+
+_BOOTABLE = {True: "yes", False: "no", None: ""}
+
+
+def _repository(item: ListedImage) -> str:
+    name = familiar_name(item.image) if item.image.reference else ""
+    return name.removesuffix(f":{item.tag}") if item.tag else name
+
+
+def _size(size: int) -> str:
+    return format_size(size) if size else ""
 
 
 def _pull(parser: Parser) -> Handler:
     parser.describe(
         """
-        Brings an image into the store, if it is not there already, and prints its reference. 'berth create' does that
-        by itself.
+        Brings an image into the store as its registry has it now, and prints its reference. What the store has of it is
+        not fetched again; when the registry can't be reached, what is stored stays. 'berth create' brings by itself
+        what is not there.
         """,
         examples=(
             ("berth image pull debian:12", "from its registry, or bootstrapped where that can't be reached"),
+            ("berth image pull localhost:5000/team/dev:latest", "from a registry of your own"),
             ("berth image pull oci-archive:./image.tar", "from a file"),
         ),
-        more="'berth create --help' says how references are written.",
+        more="""
+        'berth create --help' says how references are written, 'berth login' logs in to registries. Mirrors, insecure
+        registries and CAs stand in registries.toml in berth's configuration directory.
+        """,
     )
     parser.argument("image", metavar="IMAGE", kind=IMAGE, help="what to bring")
     _add_platform(parser)
@@ -106,8 +149,33 @@ def _pull(parser: Parser) -> Handler:
 
 def _do_pull(args: argparse.Namespace) -> int:
     with progress.display(args.progress) as shown:
-        image = _images().ensure(args.image, platform=_platform(args), progress=shown)
+        image = _images().pull(args.image, platform=_platform(args), progress=shown)
     emit(familiar_name(image))
+    return 0
+
+
+def _push(parser: Parser) -> Handler:
+    parser.describe(
+        """
+        Puts an image of the store into the registry that its reference names, or DESTINATION does, and prints that
+        reference. Layers that the registry has already are not sent, and where it allows that, those of other
+        repositories are used there.
+        """,
+        examples=(
+            ("berth image push localhost:5000/team/dev:today", "under its own name"),
+            ("berth image push debian:12 localhost:5000/base/debian:12", "under another one"),
+        ),
+    )
+    parser.argument("image", metavar="IMAGE", kind=IMAGE, help="by reference, digest, or the start of its digest")
+    parser.argument("destination", nargs="?", metavar="DESTINATION", kind=IMAGE, help="the name it gets there")
+    parser.add_common(progress=True)
+    return _do_push
+
+
+def _do_push(args: argparse.Namespace) -> int:
+    with progress.display(args.progress) as shown:
+        pushed = _images().push(args.image, args.destination, progress=shown)
+    emit(parse_reference(pushed).familiar)
     return 0
 
 
@@ -284,6 +352,7 @@ def _do_import(args: argparse.Namespace) -> int:
 COMMANDS = {
     "image ls": _ls,
     "image pull": _pull,
+    "image push": _push,
     "image inspect": _inspect,
     "image tag": _tag,
     "image rm": _rm,

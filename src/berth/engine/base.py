@@ -18,12 +18,13 @@ from berth.progress import Progress
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Machine:
-    """All that an engine needs to know of one machine."""
+    """All that an engine needs to know of one machine. has_twin: the host's user is to be one in it, too."""
 
     bundle: Bundle
     config: MachineConfig
     boot: BootConfig
     address: Address
+    has_twin: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -206,7 +206,7 @@ def boot_document(machine: Machine, *, nameserver_text: str, init: Sequence[str]
         "hostname": config.name,
         "hosts": _hosts(config.name, machine.address.ip),
         "resolv": nameserver_text,
-        "twin": twin,
+        "twin": twin if machine.has_twin else None,
         "sshAgent": boot.ssh_agent,
         "env": list(boot.env),
         "init": list(init),

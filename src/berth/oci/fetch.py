@@ -7,7 +7,7 @@ from pathlib import Path
 from berth.errors import RegistryError, UnsupportedError
 from berth.names import ImageReference
 from berth.oci.bootstrap import check_host, fetch_bootstrap, is_bootstrappable, parse_recipe
-from berth.oci.registry import pull
+from berth.oci.registry.pull import pull
 from berth.oci.rootfs import fetch_rootfs
 from berth.oci.sources import fetch_oci_layout, fetch_one
 from berth.oci.spec import Descriptor, Platform
@@ -15,11 +15,20 @@ from berth.oci.store import Ingest
 from berth.progress import Progress
 
 
-def fetch(reference: ImageReference, ingest: Ingest, *, platform: Platform | None, progress: Progress) -> Descriptor:
-    """Bring the image, complete, into `ingest`; return its manifest. Paths are absolute. Raises what `ensure` does."""
+def fetch(
+    reference: ImageReference, ingest: Ingest, *, platform: Platform | None, progress: Progress, registries: Path,
+    bootstrapped: bool = True,
+) -> Descriptor:  # fmt: skip
+    """Bring the image, complete, into `ingest`; return its manifest. Paths are absolute. Raises what `ensure` does.
+
+    registries: registries.toml. bootstrapped: a distribution may come from its package mirror instead of a registry.
+    """
     match reference.transport:
         case "docker":
-            return _fetch_named(reference, ingest, platform, progress)
+            if not bootstrapped:
+                progress.step(f"pulling {reference.familiar}")
+                return pull(reference, ingest, platform=platform, progress=progress, registries=registries)
+            return _fetch_named(reference, ingest, platform, progress, registries)
         case "bootstrap":
             return fetch_bootstrap(parse_recipe(reference.path), ingest, platform=platform, progress=progress)
         case "rootfs":
@@ -35,11 +44,11 @@ def fetch(reference: ImageReference, ingest: Ingest, *, platform: Platform | Non
 
 
 def _fetch_named(
-    reference: ImageReference, ingest: Ingest, platform: Platform | None, progress: Progress
+    reference: ImageReference, ingest: Ingest, platform: Platform | None, progress: Progress, registries: Path
 ) -> Descriptor:
     try:
         progress.step(f"pulling {reference.familiar}")
-        return pull(reference, ingest, platform=platform, progress=progress)
+        return pull(reference, ingest, platform=platform, progress=progress, registries=registries)
     except RegistryError as error:
         name = is_bootstrappable(str(reference))
         if name is None:

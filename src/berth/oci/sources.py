@@ -19,11 +19,11 @@ from berth.errors import ImageFormatError, InvalidArgumentError, NotFoundError
 from berth.names import parse_reference
 from berth.oci import spec, stream
 from berth.oci.archive import DirectoryFiles, Files, blob_name, opened_archive, read_json
-from berth.oci.digest import Digest, digest_of
+from berth.oci.choose import choose
+from berth.oci.digest import Digest
 from berth.oci.spec import Descriptor, Platform
 from berth.oci.store import Blob, Ingest
 
-_NESTING_MAX = 4  # indexes in indexes
 _CONTAINERD_NAME = "io.containerd.image.name"  # docker 25 and later; its ref.name is the bare tag
 
 
@@ -121,88 +121,31 @@ def _name_of(entry: Descriptor) -> str | None:
 
 
 def _fetch_from_index(files: Files, top: Descriptor, ingest: Ingest, platform: Platform | None) -> Fetched:
-    chosen = _choose(files, top, platform, depth=0)
-    manifest = _read_manifest(files, chosen)
-    _check_platform(files, manifest, platform)
-    ingest.add_bytes(_read_document(files, chosen))
-    for needed in (manifest.config, *manifest.layers):
+    chosen = choose(_Documents(files), top, platform)
+    ingest.add_bytes(chosen.document)
+    for needed in (chosen.manifest.config, *chosen.manifest.layers):
         _copy(files, needed, ingest)
     name = _name_of(top)
-    return Fetched(dataclasses.replace(chosen, annotations={}, platform=None), _full_names([name] if name else []))
+    return Fetched(chosen.descriptor, _full_names([name] if name else []))
 
 
-def _choose(files: Files, descriptor: Descriptor, platform: Platform | None, *, depth: int) -> Descriptor:
-    """Follow indexes to the one manifest for the platform (the host's when none is asked for)."""
-    if descriptor.media_type in spec.MANIFESTS:
-        return descriptor
-    if descriptor.media_type not in spec.INDEXES:
-        raise ImageFormatError(f"{files.where}: {descriptor.digest} is no image but {descriptor.media_type}")
-    if depth >= _NESTING_MAX:
-        raise ImageFormatError(f"{files.where}: image indexes are nested deeper than {_NESTING_MAX}, or in a loop")
-    where = f"{files.where}: index {descriptor.digest}"
-    index = spec.Index.from_json(spec.parse_json(_read_document(files, descriptor), where=where), where=where)
-    wanted = platform or spec.host_platform()
-    for item in index.manifests:
-        if item.platform is not None and item.platform.same(wanted):
-            return _choose(files, item, platform, depth=depth + 1)
-    for item in index.manifests:
-        # Indexes in indexes, and manifests of tools that leave the platform to the config.
-        if item.platform is None and item.media_type in spec.INDEXES | spec.MANIFESTS:
-            found = _try(files, item, platform, wanted, depth)
-            if found is not None:
-                return found
-    offered = sorted({str(item.platform) for item in index.manifests if item.platform})
-    raise NotFoundError(
-        f"{files.where} has no image for {wanted}", hint=f"it has {', '.join(offered)}" if offered else None
-    )
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Documents:
+    """The documents among `files`, as `choose` reads them."""
 
+    files: Files
 
-def _try(files: Files, item: Descriptor, platform: Platform | None, wanted: Platform, depth: int) -> Descriptor | None:
-    try:
-        found = _choose(files, item, platform, depth=depth + 1)
-    except NotFoundError:
-        return None
-    manifest = _read_manifest(files, found)
-    config = _read_config(files, manifest.config)
-    return found if config.platform.same(wanted) else None
+    @property
+    def where(self) -> str:
+        return self.files.where
 
-
-def _read_document(files: Files, descriptor: Descriptor) -> bytes:
-    if descriptor.size > spec.DOCUMENT_MAX:
-        raise ImageFormatError(f"{files.where}: a document of {descriptor.size} bytes is too long")
-    name = blob_name(descriptor)
-    data = b""
-    for chunk in files.chunks(name):
-        data += chunk
-        if len(data) > descriptor.size:
-            break
-    if len(data) != descriptor.size or digest_of(data) != descriptor.digest:
-        raise ImageFormatError(f"{files.where}: blob {descriptor.digest} is damaged or truncated")
-    return data
-
-
-def _read_manifest(files: Files, descriptor: Descriptor) -> spec.Manifest:
-    where = f"{files.where}: manifest {descriptor.digest}"
-    manifest = spec.Manifest.from_json(spec.parse_json(_read_document(files, descriptor), where=where), where=where)
-    if manifest.config.media_type not in spec.CONFIGS:
-        raise ImageFormatError(f"{where}: no image: its config is {manifest.config.media_type}")
-    for layer in manifest.layers:
-        if layer.media_type not in spec.LAYERS:
-            raise ImageFormatError(f"{where}: a layer of an unknown media type {layer.media_type}")
-    return manifest
-
-
-def _read_config(files: Files, descriptor: Descriptor) -> spec.ImageConfig:
-    where = f"{files.where}: config {descriptor.digest}"
-    return spec.ImageConfig.from_json(spec.parse_json(_read_document(files, descriptor), where=where), where=where)
-
-
-def _check_platform(files: Files, manifest: spec.Manifest, platform: Platform | None) -> None:
-    config = _read_config(files, manifest.config)
-    if len(config.diff_ids) != len(manifest.layers):
-        raise ImageFormatError(f"{files.where}: {len(manifest.layers)} layers, but {len(config.diff_ids)} diff ids")
-    if platform is not None and not config.platform.same(platform):
-        raise NotFoundError(f"{files.where} has no image for {platform}", hint=f"it has {config.platform}")
+    def read(self, descriptor: Descriptor) -> bytes:
+        data = b""
+        for chunk in self.files.chunks(blob_name(descriptor)):
+            data += chunk
+            if len(data) > descriptor.size:
+                break
+        return data
 
 
 def _copy(files: Files, descriptor: Descriptor, ingest: Ingest) -> None:

@@ -206,7 +206,7 @@ class ContainerEngine:
         listener: socket.socket,
     ) -> None:
         # The agent itself is a small init where the image's own can't run.
-        init = [] if _NO_SERVICES in placement.missing else ["/sbin/init"]
+        init = () if _NO_SERVICES in placement.missing else machine.config.init
         document = boot_document(machine, nameserver_text=network.resolv_conf, init=init)
         plan = plan_launch(
             machine, agent=agent, holder=network.holder_pid, idmap=idmap, placement=placement,

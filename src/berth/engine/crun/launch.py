@@ -75,7 +75,7 @@ def _assemble(plan: LaunchPlan) -> None:
     # The host's side first: what is mounted below may cover the place that it comes from.
     agent = syscalls.open_tree(plan["agent"], recursive=False)
     syscalls.mount_setattr(agent, set_attr=syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID)
-    idmap = _userns_fd(plan) if any(bind["idmapped"] for bind in plan["binds"]) else None
+    idmap = open_userns(plan["idmap"]) if any(bind["idmapped"] for bind in plan["binds"]) else None
     trees = [_open_bind(bind, idmap) for bind in plan["binds"]]
     os.chdir(plan["data"])
     try:
@@ -135,7 +135,7 @@ def _open_bind(bind: Bind, idmap: int | None) -> int:
     return tree
 
 
-def _userns_fd(plan: LaunchPlan) -> int:
+def open_userns(idmap: list[list[list[int]]]) -> int:
     """Make a user namespace only for its id map, which idmapped mounts are told by; return its descriptor."""
     ready, go = os.pipe(), os.pipe()
     child = os.fork()
@@ -149,7 +149,7 @@ def _userns_fd(plan: LaunchPlan) -> int:
             os._exit(0)
     os.close(ready[1])
     os.read(ready[0], 1)
-    for kind, extents in zip(("uid", "gid"), plan["idmap"], strict=True):
+    for kind, extents in zip(("uid", "gid"), idmap, strict=True):
         userns.write_map(str(child), kind, [userns.Extent(*extent) for extent in extents])
     fd = os.open(f"/proc/{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     for end in (go[0], go[1], ready[0]):

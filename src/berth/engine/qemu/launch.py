@@ -30,7 +30,6 @@ from berth.proc import spawn
 
 # The sockets that QEMU listens on, in the machine's runtime directory.
 _SOCKETS = ("channel", "console", "serial", "monitor", "keeper-monitor")
-_INIT = ("/sbin/init",)
 _FIRMWARE = ("/usr/share/qemu", "/usr/share/qboot", "/usr/local/share/qemu")
 
 
@@ -169,7 +168,7 @@ def _document(
         },
         "unixNanos": time.time_ns(),
     }  # fmt: skip
-    return {**boot_document(machine, nameserver_text=wire.resolv_conf, init=_INIT), "vm": vm}
+    return {**boot_document(machine, nameserver_text=wire.resolv_conf, init=machine.config.init), "vm": vm}
 
 
 @contextlib.contextmanager
