@@ -43,7 +43,7 @@ type vmKeeper struct {
 	orphan *wire.Socket // a client that was accepted when the connection to the agent had just ended; it has a slot
 
 	mu      sync.Mutex
-	there   map[string]bool // the sockets at which QEMU is, or may be
+	there   map[string]bool // by path: the sockets at which QEMU is, or may be
 	channel *wire.Conn      // nil while there is none
 }
 
@@ -75,10 +75,12 @@ func keepVM(options Options, times times, log *consoleLog, ports *forwarder, sto
 		qemuMonitor: k.monitor.serve,
 	}
 	for name := range users {
-		k.there[name] = true
+		k.there[filepath.Join(options.Dir, name)] = true
 	}
 	for name, use := range users {
-		go k.follow(name, use)
+		path := filepath.Join(options.Dir, name)
+		own, _ := os.Lstat(path)
+		go k.follow(path, own, use)
 	}
 	select {
 	case <-stop:
@@ -88,15 +90,13 @@ func keepVM(options Options, times times, log *consoleLog, ports *forwarder, sto
 }
 
 // follow connects to one of QEMU's sockets again and again. use works over a connection until it ends and says how
-// long to wait before the next.
-func (k *vmKeeper) follow(name string, use func(*wire.Socket) time.Duration) {
-	path := filepath.Join(k.options.Dir, name)
-	// A machine that is started again has new sockets, which are another keeper's.
-	own, _ := os.Lstat(path)
+// long to wait before the next. own is the socket at path when the keeper began: a machine that is started again has
+// new ones, which are another keeper's.
+func (k *vmKeeper) follow(path string, own fs.FileInfo, use func(*wire.Socket) time.Duration) {
 	wait := k.times.retryMin
 	for {
 		socket, err := dialOwn(path, own)
-		k.saw(name, !isGone(err))
+		k.saw(path, !isGone(err))
 		pause := wait
 		wait = min(2*wait, k.times.retryMax)
 		if err == nil {
@@ -139,10 +139,10 @@ func isGone(err error) bool {
 }
 
 // saw books whether QEMU is at a socket. It has ended when it is at none.
-func (k *vmKeeper) saw(name string, there bool) {
+func (k *vmKeeper) saw(path string, there bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.there[name] = there
+	k.there[path] = there
 	for _, there := range k.there {
 		if there {
 			return
