@@ -12,10 +12,11 @@ from berth.config import BootConfig, HostUser, MachineConfig, Mount
 from berth.errors import InvalidArgumentError, NotFoundError, UnsupportedError
 from berth.layout import Layout
 from berth.lifecycle import Machines
+from berth.names import parse_machine_name
 
 USER = HostUser(name="ada", uid=1000, gid=1000, group="ada", home="/home/ada", shell="/bin/bash")
 CONFIG = MachineConfig(
-    name=bundles.parse_machine_name("dev"), id="0" * 32, image_reference="docker.io/library/base:1",
+    name=parse_machine_name("dev"), id="0" * 32, image_reference="docker.io/library/base:1",
     image_digest="sha256:" + "0" * 64, platform="linux/amd64", isolation="container",
     created="2026-01-01T00:00:00Z", user=USER,
 )  # fmt: skip

@@ -32,7 +32,7 @@ def put_above(layout: Layout, images: Images, base: str, reference: str, annotat
         with ingest.scratch() as layer:
             layer.write(INIT + END)
             layer.seek(0)
-            return derive(store, ingest, entry, layer, created_by="test", annotations=annotations)  # type: ignore[arg-type]
+            return derive(store, ingest, entry, layer, created_by="test", annotations=annotations)
 
     images.add(fill, [reference])
 
