@@ -25,7 +25,7 @@ from berth.check.users import next_free_range
 from berth.layout import Layout
 from support import ROOT
 
-NAME = "berthtest"
+NAME = os.environ.get("BERTH_TEST_USER", "berthtest")  # another one for a second run of the tests beside this
 _PATH = "/usr/local/bin:/usr/bin:/bin"
 _TUN = Path("/dev/net/tun")
 
