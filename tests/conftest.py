@@ -28,6 +28,8 @@ _ROOTS = {
     "BERTH_CACHE_DIR": "cache",
 }
 _numbers = itertools.count(1)
+_BEFORE = pytest.StashKey[leaks.Snapshot]()
+_LEFT = pytest.StashKey[list[str]]()
 
 # The machines of CI pause at will: an example that took long is no finding.
 settings.register_profile("berth", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -45,6 +47,33 @@ def pytest_configure() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Look around before the workers of pytest-xdist begin, whose own looks can't tell each other's things apart."""
+    if _controls_workers(session.config) and is_alone():
+        session.config.stash[_BEFORE] = leaks.Snapshot.take(Path("/tmp/bt-"), alone=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail when the workers, which have ended, left something behind."""
+    before = session.config.stash.get(_BEFORE, None)
+    left = leaks.settle(before, Path("/tmp/bt-"), alone=True) if before else []
+    if left:
+        session.config.stash[_LEFT] = left
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name what was left behind."""
+    for line in terminalreporter.config.stash.get(_LEFT, []):
+        terminalreporter.write_line(f"FAILED: the tests left behind: {line}", red=True)
+
+
+def _controls_workers(config: pytest.Config) -> bool:
+    return not hasattr(config, "workerinput") and bool(config.getoption("numprocesses", default=None))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip, or fail, a test whose markers name what is missing here."""
     for marker in item.iter_markers():
@@ -56,18 +85,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def session() -> Generator[Path]:
     """The session's own folder, with a short path (sockets) that everybody may enter; berth's roots point into it.
 
-    At the end of the session it fails if anything that the session made is left.
+    At the end of the session it fails if anything that the session made is left. Beside another worker it looks at
+    what bears its mark only; pytest_sessionfinish looks at the whole machine.
     """
+    alone = is_alone() and "PYTEST_XDIST_WORKER" not in os.environ
     folder = Path(f"/tmp/bt-{os.getpid()}")
     folder.mkdir(mode=0o755)
     folder.chmod(0o755)
-    before = leaks.Snapshot.take(folder, alone=is_alone())
+    before = leaks.Snapshot.take(folder, alone=alone)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BERTH_TEST_SESSION", str(folder))
         for variable, name in _ROOTS.items():
             patch.setenv(variable, str(folder / "stray" / name))  # a test that forgets `layout` harms nobody
         yield folder
-    left = leaks.settle(before, folder, alone=is_alone())
+    left = leaks.settle(before, folder, alone=alone)
     leaks.remove_tree(folder)
     assert not left, "the tests left behind:\n" + "\n".join(left)
 

@@ -19,7 +19,7 @@ from berth import proc
 from berth.check.cgroups import parse_mounts
 
 # Programs that berth starts: a new process of one of them is a leak, whoever its parent is.
-_OURS = re.compile(rb"berth|\bcrun\b|\bpasta\b|\bdnsmasq\b|\bmmdebstrap\b")
+_OURS = re.compile(rb"berth|\b(crun|pasta|passt|dnsmasq|mmdebstrap|qemu-system-\w+|virtiofsd|buildah)\b")
 _PLACES = (
     "/run/berth",
     "/run/berth-hosts",

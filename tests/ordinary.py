@@ -19,13 +19,14 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from berth import proc
+from berth import locks, proc
 from berth.check.cgroups import parse_mounts
 from berth.check.users import next_free_range
 from berth.layout import Layout
 from support import ROOT
 
-NAME = os.environ.get("BERTH_TEST_USER", "berthtest")  # another one for a second run of the tests beside this
+# Workers of pytest-xdist have a user each, and so may a second run beside this.
+NAME = os.environ.get("BERTH_TEST_USER", "berthtest") + os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
 _PATH = "/usr/local/bin:/usr/bin:/bin"
 _TUN = Path("/dev/net/tun")
 
@@ -142,8 +143,9 @@ def _account() -> Generator[pwd.struct_passwd]:
         proc.run(["useradd", "--create-home", "--shell", "/bin/bash", NAME])
         made = True
     try:
-        for kind in ("uid", "gid"):
-            _ensure_range(kind)
+        with locks.hold(Path("/run/lock/berth-tests-users")):
+            for kind in ("uid", "gid"):
+                _ensure_range(kind)
         yield pwd.getpwnam(NAME)
     finally:
         if made:
