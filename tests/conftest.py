@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.remote import Producer  # pyright: ignore[reportMissingTypeStubs]
 
 import hatch_build
 import leaks
+import workers
 from berth import host
 from berth.layout import Layout
 from images import bootstrap
@@ -62,6 +64,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if left:
         session.config.stash[_LEFT] = left
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> workers.Rows:
+    """Keep what shares machines on one worker."""
+    return workers.Rows(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: workers.turn(item.nodeid))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

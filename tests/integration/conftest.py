@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -21,7 +20,6 @@ from support import need
 
 SHARED_IMAGES = Path("/work/shared/images")
 _numbers = itertools.count(1)
-_VM_FILES = re.compile(r"test_(vm|qemu_.*|kernels)\.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -29,16 +27,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     doomed = [item for item in items if item.get_closest_marker("container" if _wants_vm(item) else "vm")]
     config.hook.pytest_deselected(items=doomed)
     items[:] = [item for item in items if item not in set(doomed)]
-    here = [item for item in items if Path(__file__).parent in item.path.parents]
-    for item in here:
-        item.add_marker(pytest.mark.xdist_group("vm" if _wants_vm(item) or _VM_FILES.match(item.path.name) else "host"))
-    # The two long rows of tests, each on the machines that its worker shares, begin at once; the others fill up.
-    items.sort(key=_row)
-
-
-def _row(item: pytest.Item) -> int:
-    marker = item.get_closest_marker("xdist_group")
-    return ("vm", "host").index(marker.args[0]) if marker else 2
 
 
 def _wants_vm(item: pytest.Item) -> bool:
