@@ -28,7 +28,7 @@ from berth.names import MachineName
 from berth.net import record
 from berth.net.addresses import Address
 from berth.net.network import Network
-from berth.net.processes import identify
+from berth.net.processes import Process, identify
 from ordinary import Ordinary
 from support import ROOT
 
@@ -188,7 +188,7 @@ class World:
         """Make a stand-in for a machine and attach it; return its address and the process that is its init."""
         pid = cast("int", self.do("stand_in"))
         self.machines.append(pid)
-        _wait(lambda: Path(f"/proc/{pid}/comm").read_text() == "sleep\n")
+        until(lambda: Path(f"/proc/{pid}/comm").read_text() == "sleep\n")
         return Address.from_json(self.do("start", name=name, pid=pid), where="worker"), pid
 
     def vm(self, name: str, *, alone: bool = False) -> tuple[Address, int, int]:
@@ -205,7 +205,7 @@ class World:
         """End a stand-in as a machine ends."""
         os.kill(pid, signal.SIGKILL)
         self.machines.remove(pid)
-        _wait(lambda: identify(pid) is None)
+        until(lambda: identify(pid) is None)
         self.do("withdraw", name=MachineName(name))
 
     @property
@@ -281,7 +281,7 @@ def make_world(folder: Path, layout: Layout, user: Ordinary | None, *, tun: bool
             for pid in world.machines:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            _wait(lambda: all(identify(pid) is None for pid in world.machines))
+            until(lambda: all(identify(pid) is None for pid in world.machines))
             world.do("teardown")
 
 
@@ -397,8 +397,16 @@ def parse_answer(data: bytes) -> str | None:
     return socket.inet_ntoa(data[-4:]) if count else None
 
 
-def _wait(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Wait until something is so."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.01)
+
+
+def kill(process: Process | None) -> None:
+    """Kill a process of berth's and wait for its end."""
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
+    until(lambda: identify(process.pid) is None)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -15,8 +13,8 @@ import pytest
 from berth import proc
 from berth.layout import Layout
 from berth.net import hub
-from berth.net.processes import Process, identify, network_namespace
-from networld import ANSWER, OUTSIDE, OUTSIDE_PORT, WAN, World, make_world, serve_dns, serve_tcp, socket_in
+from berth.net.processes import network_namespace
+from networld import ANSWER, OUTSIDE, OUTSIDE_PORT, WAN, World, kill, make_world, serve_dns, serve_tcp, socket_in, until
 from ordinary import Ordinary
 
 pytestmark = [pytest.mark.root, pytest.mark.net]
@@ -95,7 +93,7 @@ def test_name_goes_with_the_machine(world: World) -> None:
     two, two_pid = world.machine("two")
     assert world.resolve(one_pid, gateway, "two.berth") == two.ip
     world.stop("two", two_pid)
-    _until(lambda: world.resolve(one_pid, gateway, "two.berth") is None)
+    until(lambda: world.resolve(one_pid, gateway, "two.berth") is None)
 
 
 def test_address_of_another_cannot_be_used(world: World) -> None:
@@ -189,7 +187,7 @@ def test_garbage_in_the_record_is_no_obstacle(world: World) -> None:
 def test_killed_dnsmasq_comes_back(world: World) -> None:
     gateway = world.ensure().gateway
     one, pid = world.machine("one")
-    _kill(world.record.dnsmasq)
+    kill(world.record.dnsmasq)
     assert world.ensure().notes == ()
     assert world.resolve(pid, gateway, "one") == one.ip
 
@@ -276,12 +274,12 @@ def test_user_killed_holder_and_pasta_come_back(user_world: World) -> None:
     network = user_world.ensure()
     _one, pid = user_world.machine("one")
     namespace = network_namespace(network.holder_pid)
-    _kill(user_world.record.holder)
+    kill(user_world.record.holder)
     again = user_world.ensure()
     assert again.holder_pid != network.holder_pid
     assert network_namespace(again.holder_pid) == namespace  # the same hub, bridge and cables and all
     assert user_world.reach(pid, OUTSIDE, OUTSIDE_PORT) == WAN
-    _kill(user_world.record.pasta)
+    kill(user_world.record.pasta)
     assert user_world.reach(pid, OUTSIDE, OUTSIDE_PORT, timeout_s=1) is None
     user_world.ensure()
     assert user_world.reach(pid, OUTSIDE, OUTSIDE_PORT) == WAN
@@ -293,8 +291,8 @@ def test_user_everything_killed_machines_are_connected_again(user_world: World) 
     two, two_pid = user_world.machine("two")
     found = user_world.record
     for process in (found.holder, found.dnsmasq, found.pasta):
-        _kill(process)
-    _until(lambda: "eth0" not in user_world.inside(one_pid, "ip", "-br", "link"))
+        kill(process)
+    until(lambda: "eth0" not in user_world.inside(one_pid, "ip", "-br", "link"))
     assert user_world.ensure().notes == ()
     with serve_tcp(two_pid, "", _PORT):
         assert user_world.reach(one_pid, two.ip, _PORT) == one.ip
@@ -310,7 +308,7 @@ def test_user_everything_killed_without_machines_starts_afresh(user_world: World
     before = user_world.ensure()
     found = user_world.record
     for process in (found.holder, found.dnsmasq, found.pasta):
-        _kill(process)
+        kill(process)
     after = user_world.ensure()
     assert after.holder_pid != before.holder_pid
     assert after.notes == ()
@@ -363,19 +361,6 @@ def test_user_without_tun_has_all_but_the_outside(scratch: Path, user_layout: La
         world.run("chmod", "666", "/dev/net/tun")
         assert world.ensure().notes == ()
         assert world.reach(one_pid, OUTSIDE, OUTSIDE_PORT) == WAN
-
-
-def _kill(process: Process | None) -> None:
-    assert process is not None
-    os.kill(process.pid, signal.SIGKILL)
-    _until(lambda: identify(process.pid) is None)
-
-
-def _until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def _command_lines(mark: str) -> list[str]:

@@ -9,15 +9,15 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
 from berth import syscalls
 from berth.layout import Layout
-from berth.net.processes import Process, find_programs, identify, network_namespace
-from networld import World, make_world
+from berth.net.processes import find_programs, network_namespace
+from networld import World, kill, make_world, until
 from ordinary import Ordinary
 
 pytestmark = [pytest.mark.root, pytest.mark.net]
@@ -94,7 +94,7 @@ def test_tap_goes_with_its_vm_and_comes_again(world: World) -> None:
     one, pid, _fd = world.vm("one")
     assert one.interface in ports(world)
     world.stop("one", pid)
-    _until(lambda: one.interface not in ports(world))
+    until(lambda: one.interface not in ports(world))
     again, pid, fd = world.vm("one")
     assert again == one
     with guest(pid, fd) as tap:
@@ -132,7 +132,7 @@ def test_killed_hub_is_found_again_by_a_vm(scratch: Path, ordinary_user: Ordinar
         namespace = network_namespace(network.holder_pid)
         found = world.record
         for process in (found.holder, found.dnsmasq, found.pasta):
-            _kill(process)
+            kill(process)
         again = world.ensure()
         assert network_namespace(again.holder_pid) == namespace  # with the bridge and every cable in it
         with guest(pid, fd) as tap:
@@ -162,7 +162,7 @@ def test_passt_answers_a_vm_that_has_no_tap_and_ends_with_it(scratch: Path, ordi
             assert socket.inet_aton(one.gateway) in _read(stream, size)
             assert len(find_programs("passt", pid_file)) == 1
             os.kill(pid, signal.SIGKILL)
-        _until(lambda: find_programs("passt", pid_file) == [])
+        until(lambda: find_programs("passt", pid_file) == [])
         assert not Path(pid_file).exists()
 
 
@@ -181,16 +181,3 @@ def ports(world: World) -> list[str]:
     argv = ["ip", "-br", "link", "show", "master", world.ensure().bridge]
     said = world.run(*argv) if holder is None else world.inside(holder.pid, *argv)
     return [line.split()[0].partition("@")[0] for line in said.splitlines()]
-
-
-def _kill(process: Process | None) -> None:
-    assert process is not None
-    os.kill(process.pid, signal.SIGKILL)
-    _until(lambda: identify(process.pid) is None)
-
-
-def _until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)

@@ -6,7 +6,6 @@ import base64
 import json
 import stat
 import urllib.parse
-from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -30,12 +29,6 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(transport, "_BACK_OFF_S", 0.01)
     (tmp_path / "home").mkdir()
     return tmp_path / "home"
-
-
-@pytest.fixture
-def registry() -> Generator[FakeRegistry]:
-    with FakeRegistry().serving() as found:
-        yield found
 
 
 @pytest.fixture

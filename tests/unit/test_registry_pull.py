@@ -9,7 +9,6 @@ import ssl
 import threading
 import time
 import tracemalloc
-from collections.abc import Generator
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -50,12 +49,6 @@ class Heard:
 def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     clear_environment(monkeypatch.delenv, monkeypatch.setenv, tmp_path / "home")
     monkeypatch.setattr(transport, "_BACK_OFF_S", 0.01)
-
-
-@pytest.fixture
-def registry() -> Generator[FakeRegistry]:
-    with FakeRegistry().serving() as found:
-        yield found
 
 
 @pytest.fixture

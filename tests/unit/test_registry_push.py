@@ -25,12 +25,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def registry() -> Generator[FakeRegistry]:
-    with FakeRegistry().serving() as found:
-        yield found
-
-
-@pytest.fixture
 def images(tmp_path: Path) -> Images:
     return Images(Layout(*(tmp_path / name for name in ("data", "run", "config", "cache"))))
 
