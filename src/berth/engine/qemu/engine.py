@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -59,7 +58,6 @@ class VmEngine:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._root = os.geteuid() == 0
 
     def settle(self, boot: BootConfig) -> BootConfig:
         return dataclasses.replace(
