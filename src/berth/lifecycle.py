@@ -123,12 +123,13 @@ class Machines:
         boot_config = boot_config or BootConfig()
         if isolation == "auto" and (boot_config.kernel or boot_config.virtualization):
             isolation = "vm"  # nothing else can have these
-        if isolation != "auto":
+        if isolation != "auto":  # else nobody knows before the image is here
             check_fits("vm" if isolation == "vm" else "container", boot_config)
         with Ahead(self.layout) as ahead:
             image = self.images.ensure(reference, platform=platform, progress=progress, arrivals=ahead)
             chosen, why = choose_isolation(isolation, image.platform, self.layout)
-            check_fits(chosen, boot_config)
+            if isolation == "auto":
+                check_fits(chosen, boot_config)
             if why is not None:
                 progress.note(f"{checked} is {why}")
             reference = image.reference or image.digest
