@@ -6,6 +6,8 @@ The registry of these tests holds its last layer back until the test has seen wh
 from __future__ import annotations
 
 import contextlib
+import gzip
+import json
 import os
 import signal
 import threading
@@ -212,6 +214,51 @@ def test_two_at_once_from_one_image(
     assert gate.seen
     assert not trees_of(person.layout)
     assert (person.layout.template(put.digest) / "rootfs/etc/both").read_bytes() == b"of layer 3"
+
+
+RECIPE = """
+schema = 1
+version = 77
+ids = ["alpine"]
+managers = ["apk"]
+[[steps]]
+say = "linking /sbin/init"
+run = ["/bin/sh", "-c", "ln -s /bin/busybox /sbin/init && stat -c %i /etc/unique > /etc/inode"]
+"""
+
+
+@pytest.fixture
+def recipe(person: Person) -> Generator[None]:
+    """Have a recipe for Alpine that needs no network, and notes which file it saw."""
+    path = person.layout.recipes / "alpine.toml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(RECIPE)
+    for made in (person.layout.config, path.parent, path):
+        os.chown(made, person.uid, -1)
+    yield
+    path.unlink()
+
+
+@only_containers
+@pytest.mark.usefixtures("recipe")
+def test_an_image_is_adapted_in_the_tree_that_was_unpacked_ahead(
+    person: Person, registry: FakeRegistry, machine: Callable[..., list[str]], layers: list[bytes], alpine_tar: Path
+) -> None:
+    whole = gzip.decompress(alpine_tar.read_bytes())
+    put = registry.put_image("team/plain:1", whole, layers[0], member("./sbin/.wh.init", uid=0, gid=0) + END)
+    Gate(registry, layers[0], lambda: find(person.layout, "etc/alpine-release"))
+    last = Gate(registry, member("./sbin/.wh.init", uid=0, gid=0) + END, lambda: find(person.layout, "etc/unique"))
+    name = f"{registry.host}/team/plain:1"
+    words = [word if word != "never" else "auto" for word in machine(name)]
+    person.berth(*words)
+    assert isinstance(last.seen, os.stat_result)
+    assert not person.layout.template(put.digest).exists()
+    (adapted,) = [path for path in person.layout.templates.glob("*/rootfs/etc/inode") if path.exists()]
+    assert int(adapted.read_text()) == last.seen.st_ino
+    for image in json.loads(person.berth("image", "ls", "--format", "json")):
+        if image["adapted"] and image["adapted"]["recipe"].endswith(" 77"):
+            person.berth("rm", "--force", words[words.index("--name") + 1])
+            person.berth("image", "rm", image["reference"])
 
 
 def await_true(look: Callable[[], object]) -> None:
