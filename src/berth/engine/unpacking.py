@@ -2,7 +2,7 @@
 
 The engines call `unpack`. Ahead means while later layers still download: `lifecycle.create` makes an `Ahead`, which the
 pull tells of each layer that is whole and verified, and which hands its tree to the engine once the image is stored.
-It changes when the work is done and nothing else: where there is none, or it has given up, `unpack` does all of it.
+It changes when the work is done, and nothing else: where there is none, or it has given up, `unpack` does all of it.
 
     unpacking/ID/rootfs    a tree that is being made; nobody's template until an engine takes it
     unpacking/ID.lock      held by the berth that makes it. Without a holder the tree is left over, and swept
@@ -101,7 +101,7 @@ class Ahead:
         self._waiting: dict[int, int] = {}  # those that have, and wait: number -> descriptor
         self._finished = 0  # layers
         self._done = 0  # bytes
-        self._end: Callable[[], None] = lambda: None  # of the process at work
+        self._end: Callable[[], None] = _nothing  # ends the process at work
         self._stopped = False
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -254,11 +254,15 @@ class Ahead:
 
     def _finish(self, batch: Sequence[tuple[int, str]]) -> None:
         with self._changed:
+            self._end = _nothing
             for fd, _ in batch:
                 del self._waiting[self._finished]
                 os.close(fd)
                 self._finished += 1
             self._changed.notify_all()
+
+
+def _nothing() -> None: ...
 
 
 @contextlib.contextmanager
