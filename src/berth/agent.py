@@ -56,9 +56,9 @@ def connect(path: str | PathLike[str], timeout_s: float) -> _socket.socket:
     return sock
 
 
-def lost() -> AgentError:
+def lost(code: str = "lost") -> AgentError:
     """Make the error for a connection that ended too early."""
-    return AgentError("lost", "the guest agent closed the connection", hint="is the machine still running? berth ls")
+    return AgentError(code, "the guest agent closed the connection", hint="is the machine still running? berth ls")
 
 
 class AgentClient:

@@ -50,7 +50,8 @@ class Request:
     """What is to be built. tags: names for the image; none is fine. file: None for the context's own.
 
     arguments: ``K=V``, or ``K`` to take ours; secrets: ``id=ID[,src=PATH|,env=NAME]``; ssh: ``default`` or
-    ``ID[=SOCKET-OR-KEY]``, as docker writes them. text: of a Dockerfile that is no file.
+    ``ID[=SOCKET-OR-KEY]``, as docker writes them. text: of a Dockerfile that is no file. pull: ask registries what the
+    names of images to build on mean now, also of those that are stored.
     """
 
     context: Path
@@ -63,6 +64,7 @@ class Request:
     ssh: tuple[str, ...] = ()
     platform: str = ""
     use_cache: bool = True
+    pull: bool = False
     quiet: bool = False
 
 
@@ -79,7 +81,7 @@ def build(request: Request, images: Images, layout: Layout, *, shown: Shown, out
 
     shown: makes the progress to report to, before and after buildah runs. output: the descriptor that takes what
     buildah and the file's commands say, as it comes. Interrupted, it ends all that it started.
-    Raises UnsupportedError without buildah, InvalidArgumentError, NotFoundError, what `Images.ensure` raises, and
+    Raises UnsupportedError without buildah, InvalidArgumentError, NotFoundError, what `Images.pull` raises, and
     BerthError for a build that failed.
     """
     require_program("buildah", package="buildah")
@@ -264,7 +266,8 @@ def _bring(base: Base, request: Request, images: Images, progress: Progress) -> 
         # Whatever it is called in the store, it is the same.
         with contextlib.suppress(NotFoundError):
             return images.find(reference.digest)
-    return images.ensure(base.reference, platform=base.platform or request.platform or None, progress=progress)
+    bring = images.pull if request.pull else images.ensure
+    return bring(base.reference, platform=base.platform or request.platform or None, progress=progress)
 
 
 def _link(images: Images, base: Base, image: StoredImage, work: Path) -> RoomBase:

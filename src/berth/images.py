@@ -13,7 +13,7 @@ import os
 import stat
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from berth.errors import (
     BerthError,
@@ -30,6 +30,9 @@ from berth.oci.digest import Digest, parse_prefix
 from berth.oci.spec import Descriptor, ImageConfig, Platform
 from berth.oci.store import Ingest, Store
 from berth.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from berth.oci.registry.pull import Arrivals
 
 _SOURCE = "dev.berth.source"  # where an image came from, and as what
 _RECIPE = "dev.berth.adapted.recipe"  # of `adapt.bootable`
@@ -128,11 +131,15 @@ class Images:
         self._store = Store(layout.images)
         self._registries = layout.registries
 
-    def ensure(self, reference: str, *, platform: str | None = None, progress: Progress | None = None) -> StoredImage:
+    def ensure(
+        self, reference: str, *, platform: str | None = None, progress: Progress | None = None,
+        arrivals: Arrivals | None = None,
+    ) -> StoredImage:  # fmt: skip
         """Return the image, brought into the store if it is not there.
 
-        A file or directory that has changed since is brought in again. Raises NotFoundError, RegistryError,
-        ImageFormatError, InvalidArgumentError, and BerthError for a disk that is full; then the store is as before.
+        A file or directory that has changed since is brought in again. arrivals: told of layers as they come out of a
+        registry, before the image is in the store. Raises NotFoundError, RegistryError, ImageFormatError,
+        InvalidArgumentError, and BerthError for a disk that is full; then the store is as before.
         """
         wanted = spec.parse_platform(platform) if platform else None
         progress = progress or Silent()
@@ -145,7 +152,7 @@ class Images:
         if stored is None and parse_prefix(reference):
             with contextlib.suppress(NotFoundError):
                 return self.find(reference)
-        return self._fetch(parsed, wanted, progress)
+        return self._fetch(parsed, wanted, progress, arrivals=arrivals)
 
     def pull(self, reference: str, *, platform: str | None = None, progress: Progress | None = None) -> StoredImage:
         """Bring an image as its registry has it now; what the store has of it is not fetched again.
@@ -433,8 +440,9 @@ class Images:
         return known
 
     def _fetch(
-        self, reference: ImageReference, platform: Platform | None, progress: Progress, *, bootstrapped: bool = True
-    ) -> StoredImage:
+        self, reference: ImageReference, platform: Platform | None, progress: Progress, *, bootstrapped: bool = True,
+        arrivals: Arrivals | None = None,
+    ) -> StoredImage:  # fmt: skip
         """Bring an image in. bootstrapped: a distribution is, where its registry can't be reached."""
         from berth.oci.fetch import fetch
 
@@ -445,7 +453,7 @@ class Images:
             fingerprint = _fingerprint(reference)  # before it is read: a change after that is seen the next time
             manifest = fetch(
                 reference, ingest, platform=platform, progress=progress, registries=self._registries,
-                bootstrapped=bootstrapped,
+                bootstrapped=bootstrapped, arrivals=arrivals,
             )  # fmt: skip
             source = {_SOURCE: fingerprint} if fingerprint else {}
             ingest.commit(dataclasses.replace(manifest, annotations=source), [name])

@@ -55,6 +55,11 @@ class Layout:
     def disk(self, digest: str) -> Path:
         return self.disks / digest.replace(":", "-")
 
+    # Images being unpacked ahead, while they are pulled; nobody's template yet.
+    @property
+    def unpacking(self) -> Path:
+        return self.data / "unpacking"
+
     # Kernels for VMs with their modules, one directory per version and architecture.
     @property
     def kernels(self) -> Path:

@@ -22,8 +22,10 @@ from berth import consolelog, locks, trees
 from berth.agent import AgentClient, connect
 from berth.bundle import Bundle, Listed
 from berth.config import BootConfig, Change, HostUser, MachineConfig, apply_assignments, check_fits
+from berth.engine import unpacking
 from berth.engine.base import STOPPED, Engine, Liveness, Machine
 from berth.engine.select import all_engines, choose_isolation, engine_for
+from berth.engine.unpacking import Ahead, make_template
 from berth.errors import BerthError, BootError, DeadlineError, InvalidStateError, NotFoundError
 from berth.files import load_json
 from berth.layout import Layout
@@ -116,67 +118,66 @@ class Machines:
         progress = progress or Silent()
         checked = parse_machine_name(name) if name is not None else self._free_name(reference)
         bundles.check_free(self.layout, checked)
-        self._sweep_adapting()
+        self._sweep()
         self.layout.agent_socket(checked)  # refuses a path too long before the work, not after
         boot_config = boot_config or BootConfig()
         if isolation == "auto" and (boot_config.kernel or boot_config.virtualization):
             isolation = "vm"  # nothing else can have these
-        if isolation != "auto":
+        if isolation != "auto":  # else nobody knows before the image is here
             check_fits("vm" if isolation == "vm" else "container", boot_config)
-        image = self.images.ensure(reference, platform=platform, progress=progress)
-        chosen, why = choose_isolation(isolation, image.platform, self.layout)
-        check_fits(chosen, boot_config)
-        if why is not None:
-            progress.note(f"{checked} is {why}")
-        reference = image.reference or image.digest
-        bootable = self._make_bootable(image, adapt, progress)
-        image = bootable.image
-        config = MachineConfig(
-            name=checked, id=uuid.uuid4().hex, image_reference=reference, image_digest=image.digest,
-            platform=image.platform, isolation=chosen, created=utc_now(), user=HostUser.current(),
-            init=bootable.init,
-        )  # fmt: skip
-        # The bundle comes first: from then on the image and its template are in use, and no prune takes them.
-        with self.images.keeping(image), bundles.create(self.layout, config, boot_config):
-            addresses.allocate(self.layout, checked)
-        try:
-            self._ensure_template(self._load(checked), image, progress)
-            if boot:
-                self.start(checked, progress=progress)
-        except BaseException as error:
-            self.remove(checked, force=True)
-            if isinstance(error, BootError):  # its hint is about a machine that is gone now
-                error.hint = f"to look into it: create it with --no-boot, then berth start {checked}"
-            raise
+        with Ahead(self.layout) as ahead:
+            image = self.images.ensure(reference, platform=platform, progress=progress, arrivals=ahead)
+            chosen, why = choose_isolation(isolation, image.platform, self.layout)
+            if isolation == "auto":
+                check_fits(chosen, boot_config)
+            if why is not None:
+                progress.note(f"{checked} is {why}")
+            reference = image.reference or image.digest
+            bootable = self._make_bootable(image, adapt, progress, ahead)
+            image = bootable.image
+            config = MachineConfig(
+                name=checked, id=uuid.uuid4().hex, image_reference=reference, image_digest=image.digest,
+                platform=image.platform, isolation=chosen, created=utc_now(), user=HostUser.current(),
+                init=bootable.init,
+            )  # fmt: skip
+            # The bundle comes first: from then on the image and its template are in use, and no prune takes them.
+            with self.images.keeping(image), bundles.create(self.layout, config, boot_config):
+                addresses.allocate(self.layout, checked)
+            try:
+                self._ensure_template(self._load(checked), image, progress, ahead)
+                ahead.close()  # nobody needs what is left of it, and a boot needs the processor
+                if boot:
+                    self.start(checked, progress=progress)
+            except BaseException as error:
+                self.remove(checked, force=True)
+                if isinstance(error, BootError):  # its hint is about a machine that is gone now
+                    error.hint = f"to look into it: create it with --no-boot, then berth start {checked}"
+                raise
         if set_default:
             self.set_default(checked)
         else:
             bundles.set_default_if_none(self.layout, checked)
         return checked
 
-    def _make_bootable(self, image: StoredImage, adapt: AdaptMode, progress: Progress) -> Bootable:
+    def _make_bootable(self, image: StoredImage, adapt: AdaptMode, progress: Progress, ahead: Ahead) -> Bootable:
         from berth.adapt import make_bootable
 
         try:
             return make_bootable(
-                self.layout, self.images, image, mode=adapt, in_use=self.images_in_use, progress=progress
+                self.layout, self.images, image, mode=adapt, in_use=self.images_in_use, progress=progress, ahead=ahead
             )
         except BaseException:
             if not bundles.list_bundles(self.layout):
                 self._end_network()
             raise
 
-    def _ensure_template(self, machine: Machine, image: StoredImage, progress: Progress) -> None:
+    def _ensure_template(
+        self, machine: Machine, image: StoredImage, progress: Progress, ahead: Ahead | None = None
+    ) -> None:
         engine = self._engine(machine)
-        if engine.has_template(machine):
-            return
-        progress.step(f"unpacking {image.reference}")
-        layers = self.images.layers(image)
-        try:
-            engine.make_template(machine, layers, progress)
-        finally:
-            for fd, _ in layers:
-                os.close(fd)
+        if not engine.has_template(machine):
+            with self.images.opened_layers(image) as layers:
+                make_template(engine, machine, layers, image.reference, progress, ahead)
 
     def remove(self, name: str, *, force: bool = False) -> None:
         """Delete a machine with its storage. Raises InvalidStateError when it runs and `force` is not set."""
@@ -206,15 +207,16 @@ class Machines:
         with contextlib.suppress(InvalidStateError):
             teardown(self.layout)
 
-    def _sweep_adapting(self) -> None:
-        """Remove what a killed berth left of adapting an image."""
+    def _sweep(self) -> None:
+        """Remove what a killed berth left of unpacking an image ahead, and of adapting one."""
+        unpacking.sweep(self.layout)
         if bundles.list_hidden(self.layout):
-            from berth.adapt.workshop import sweep
+            from berth.adapt import workshop
 
-            sweep(self.layout)
+            workshop.sweep(self.layout)
 
     def _empty_trash(self) -> None:
-        self._sweep_adapting()
+        self._sweep()
         for path in bundles.trash(self.layout):
             trees.delete(path)
 

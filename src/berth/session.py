@@ -257,10 +257,9 @@ class _Session:
     # ---- the agent
 
     def _lost(self) -> AgentError:
-        error = lost()
-        if self._connection.hello is None and not self._has_read:
-            error.agent_code = "unheard"  # nobody has seen the request and no input is gone: it may be tried again
-        return error
+        # Unheard: nobody has seen the request and no input is gone, so it may be tried again.
+        is_heard = self._connection.hello is not None or self._has_read
+        return lost("lost" if is_heard else "unheard")
 
     def _receive(self) -> None:
         try:

@@ -151,6 +151,7 @@ def call(
     prefix: Sequence[str] = (),
     pass_fds: Sequence[int] = (),
     progress: Callable[[int, int | None], None] = lambda _done, _total: None,
+    on_start: Callable[[Callable[[], None]], None] = lambda _end: None,
     timeout_s: float = 3600.0,
 ) -> object:
     """Run ``module:function`` of berth in a fresh process and return what it returns (JSON).
@@ -158,10 +159,12 @@ def call(
     With `idmap` it runs as root of a new user namespace; with `holder` inside the user and network namespace of that
     process; with neither just as we are. `arguments` are its keyword arguments. Its module is imported before the
     namespace is entered, because afterwards our own files may be out of reach. `prefix` is a command that starts it
-    (systemd-run …). Errors that berth raised inside are raised here again, as what they were.
+    (systemd-run …). Errors that berth raised inside are raised here again, as what they were. `on_start` is handed what
+    another thread may end the process with; then CommandError is raised.
     """
     request = {"call": function, "arguments": dict(arguments), "new": idmap is not None, "holder": holder, "net": True}
     with _Inside(request, idmap, prefix=prefix, pass_fds=pass_fds) as child:
+        on_start(child.end)
         if idmap is not None:
             child.map_ids()
         return child.result(progress, timeout_s)
@@ -206,6 +209,10 @@ class _Inside:
             threading.Thread(target=self._process.wait, daemon=True).start()
         else:
             self._process.wait(timeout=_START_S)
+
+    def end(self) -> None:
+        """End the process at once; whoever waits for its answer learns of it."""
+        self._process.kill()
 
     def _send(self, message: Mapping[str, object]) -> None:
         stdin = cast("IO[bytes]", self._process.stdin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -22,6 +23,7 @@ from berth.oci import spec
 from berth.oci.digest import digest_of
 from berth.progress import Progress, Silent
 from berth.userns import Extent, IdMap
+from registries import FakeRegistry, clear_environment
 from tars import END, member, rootfs
 
 OUTPUT = 2
@@ -132,6 +134,28 @@ def test_without_a_name_it_is_known_by_its_digest(images: Images, layout: Layout
 def test_the_base_is_told_by_its_digest_in_the_store(images: Images, layout: Layout, context: Path) -> None:
     built = build(Request(context), images, layout, shown=silent, output=OUTPUT)
     assert built.annotations["org.opencontainers.image.base.digest"] == images.find("base:1").digest
+
+
+def test_pull_asks_for_newer_bases(
+    images: Images, layout: Layout, tmp_path: Path, room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clear_environment(monkeypatch.delenv, monkeypatch.setenv, tmp_path / "home")
+    with FakeRegistry().serving() as registry:
+        name = f"{registry.host}/team/base:1"
+        old = registry.put_image("team/base:1", rootfs())
+        images.ensure(name)
+        new = registry.put_image("team/base:1", rootfs(), b"newer")
+        request = Request(tmp_path, text=f"FROM {name}\nFROM {registry.host}/team/base@{old.digest}\n")
+        seen: list[list[str]] = []
+        for pull in (False, True):
+            build(dataclasses.replace(request, pull=pull), images, layout, shown=silent, output=OUTPUT)
+            seen.append([Path(base["layout"]).name for base in room.options["bases"]])
+            assert "--pull-never" in room.options["options"], "buildah itself asks nobody"
+        was, now = (digest.removeprefix("sha256:") for digest in (old.digest, new.digest))
+        assert seen == [[was, was], [now, was]]
+        registry.behaviours.append(lambda exchange: exchange.answer(403))
+        build(dataclasses.replace(request, pull=True), images, layout, shown=silent, output=OUTPUT)
+        assert [Path(base["layout"]).name for base in room.options["bases"]] == [now, was], "what is stored"
 
 
 def test_layers_of_the_base_are_shared_as_they_are_stored(

@@ -9,6 +9,7 @@ import ssl
 import threading
 import time
 import tracemalloc
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -19,7 +20,9 @@ from berth.errors import BerthError, ImageFormatError, NotFoundError, RegistryEr
 from berth.images import Images
 from berth.layout import Layout
 from berth.oci import spec
+from berth.oci.digest import Digest, digest_of
 from berth.oci.registry import pull, sockets, transport
+from berth.oci.spec import Descriptor
 from registries import Exchange, FakeRegistry, clear_environment, make_certificate
 from tars import rootfs
 
@@ -144,6 +147,44 @@ def test_three_layers_at_once(registry: FakeRegistry, images: Images, layout: La
     registry.put_image("dev:2", *(bytes([number]) for number in range(20, 24)))
     images.ensure(f"{registry.host}/dev:2")
     assert registry.at_once == 1
+
+
+class Arrivals:
+    """Remembers what a pull tells, and reads each layer at once."""
+
+    def __init__(self) -> None:
+        self.expected: list[tuple[str, list[str]]] = []
+        self.came: list[bytes] = []
+
+    def expect(self, image: Digest, layers: Sequence[Descriptor]) -> None:
+        self.expected.append((image, [layer.digest for layer in layers]))
+
+    def arrived(self, blob: Digest, open_blob: Callable[[Digest], int]) -> None:
+        with open(open_blob(blob), "rb") as file:
+            self.came.append(file.read())
+
+
+def test_layers_are_told_of_when_they_are_whole(registry: FakeRegistry, images: Images, layout: Layout) -> None:
+    layout.config.mkdir()
+    layout.registries.write_text("parallel-layers = 1\n")
+    layers = [b"1" * 50, b"2" * 10, b"3" * 90, b"4" * 70]
+    registry.put_image("dev:0", b"elsewhere", b"2" * 10)
+    images.ensure(f"{registry.host}/dev:0")
+    put = registry.put_image("dev:1", *layers, layers[0])
+    arrivals = Arrivals()
+    images.ensure(f"{registry.host}/dev:1", arrivals=arrivals)
+    assert arrivals.expected == [(put.digest, [digest_of(layer) for layer in (*layers, layers[0])])]
+    # What is in the store, the largest, and then the lowest first.
+    assert arrivals.came == [layers[1], layers[2], layers[0], layers[3]]
+
+
+def test_a_damaged_layer_is_not_told_of(registry: FakeRegistry, images: Images) -> None:
+    registry.put_image("dev:1", b"good", b"bad")
+    registry.blobs[digest_of(b"bad")] = b"dab"
+    arrivals = Arrivals()
+    with pytest.raises(ImageFormatError, match="is damaged"):
+        images.ensure(f"{registry.host}/dev:1", arrivals=arrivals)
+    assert b"dab" not in arrivals.came
 
 
 # Broken connections

@@ -22,6 +22,7 @@ from berth.progress import Progress
 
 if TYPE_CHECKING:
     from berth.adapt.recipes import Recipe
+    from berth.engine.unpacking import Ahead
     from berth.images import Images, StoredImage
 
 AdaptMode = Literal["auto", "never"]
@@ -47,11 +48,12 @@ def make_bootable(
     mode: AdaptMode,
     in_use: Callable[[], Collection[str]],
     progress: Progress,
+    ahead: Ahead | None = None,
 ) -> Bootable:
     """Return the image to make a machine from: itself when it has an init, else one that was given one, now or before.
 
-    in_use: the digests of images that machines use. Says what was done. Raises BerthError, which names the step that
-    failed; then nothing is left of it.
+    in_use: the digests of images that machines use. ahead: may have unpacked the image. Says what was done.
+    Raises BerthError, which names the step that failed; then nothing is left of it.
     """
     facts = inspect(layout, images, image)
     if facts.has_init:
@@ -69,7 +71,7 @@ def make_bootable(
     cached = _find(images, image, recipe)
     if cached is None:
         _check_platform(image)
-        cached = _adapt(layout, images, image, facts, recipe, in_use, progress)
+        cached = _adapt(layout, images, image, facts, recipe, in_use, progress, ahead)
     progress.note(f"{name} has no init: using {cached.reference}, which has one (recipe {recipe})")
     return Bootable(cached, (INIT,))
 
@@ -114,6 +116,7 @@ def _adapt(
     recipe: Recipe,
     in_use: Callable[[], Collection[str]],
     progress: Progress,
+    ahead: Ahead | None,
 ) -> StoredImage:
     from berth.adapt.workshop import adapting
 
@@ -124,15 +127,16 @@ def _adapt(
         what = f": {', '.join(recipe.packages)}" if recipe.packages else ""
         progress.note(f"{image.reference or image.digest} has no init: installing one by recipe {recipe}{what}")
         try:
-            _carry_out(layout, images, image, facts, recipe, progress)
+            _carry_out(layout, images, image, facts, recipe, progress, ahead)
         finally:
             _drop_template(layout, image.digest, in_use)
         return images.find(adapted_name(image.digest, recipe))
 
 
 def _carry_out(
-    layout: Layout, images: Images, image: StoredImage, facts: Facts, recipe: Recipe, progress: Progress
-) -> None:
+    layout: Layout, images: Images, image: StoredImage, facts: Facts, recipe: Recipe, progress: Progress,
+    ahead: Ahead | None,
+) -> None:  # fmt: skip
     from berth.adapt.recipes import plan_steps
     from berth.adapt.workshop import workshop
     from berth.oci.derive import BASE_NAME, derive
@@ -141,7 +145,11 @@ def _carry_out(
     name = image.reference or image.digest
     store = Store(layout.images)
     try:
-        with workshop(layout, images, image, progress) as shop, store.ingest() as ingest, ingest.scratch() as layer:
+        with (
+            workshop(layout, images, image, progress, ahead) as shop,
+            store.ingest() as ingest,
+            ingest.scratch() as layer,
+        ):
             for step in plan_steps(recipe, facts):
                 progress.step(f"adapting {name}: {step.say}")
                 shop.run(step, recipe)

@@ -26,6 +26,7 @@ from berth.bundle import Bundle
 from berth.config import BootConfig, HostUser, MachineConfig
 from berth.engine.base import Engine, Machine
 from berth.engine.select import engine_for
+from berth.engine.unpacking import Ahead, make_template
 from berth.errors import BerthError, BusyError, DeadlineError
 from berth.layout import Layout
 from berth.log import log
@@ -85,7 +86,9 @@ def sweep(layout: Layout) -> None:
 
 
 @contextlib.contextmanager
-def workshop(layout: Layout, images: Images, image: StoredImage, progress: Progress) -> Generator[Workshop]:
+def workshop(
+    layout: Layout, images: Images, image: StoredImage, progress: Progress, ahead: Ahead | None = None
+) -> Generator[Workshop]:
     """Start a throw-away machine of `image`; nothing of it is left at the end. `adapting` is held."""
     name = MachineName(f"{bundles.HIDDEN}{secrets.token_hex(4)}")
     config = MachineConfig(
@@ -100,9 +103,8 @@ def workshop(layout: Layout, images: Images, image: StoredImage, progress: Progr
     engine = engine_for("container", layout)
     try:
         if not engine.has_template(machine):
-            progress.step(f"unpacking {config.image_reference}")
             with images.opened_layers(image) as layers:
-                engine.make_template(machine, layers, progress)
+                make_template(engine, machine, layers, config.image_reference, progress, ahead)
         progress.step(f"starting {config.image_reference} to adapt it")
         engine.start(machine, Silent())
         yield Workshop(layout, engine, machine)

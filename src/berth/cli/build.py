@@ -47,6 +47,7 @@ def _configure(parser: Parser) -> Handler:
                   help="a value for an ARG of the file; without VALUE yours; may be given again")  # fmt: skip
     parser.option("--target", default="", metavar="STAGE", help="build up to this stage")
     parser.option("--no-cache", action="store_true", help="run every step again")
+    parser.option("--pull", action="store_true", help="ask registries for newer images to build on")
     parser.option("--secret", dest="secrets", action="append", default=[], metavar="id=NAME,src=FILE",
                   help="show a file, or with env=VARIABLE a variable, to the steps that ask for it; "
                   "may be given again")  # fmt: skip
@@ -68,7 +69,7 @@ def _build(args: argparse.Namespace) -> int:
     request = Request(
         context=Path(args.context), tags=tuple(args.tags), arguments=tuple(args.arguments), target=args.target,
         file=None if args.file in (None, "-") else Path(args.file), text=_stdin() if args.file == "-" else None,
-        secrets=tuple(args.secrets), ssh=tuple(args.ssh), use_cache=not args.no_cache, quiet=quiet,
+        secrets=tuple(args.secrets), ssh=tuple(args.ssh), use_cache=not args.no_cache, quiet=quiet, pull=args.pull,
         platform="" if args.platform is None else parse_platform(args.platform),
     )  # fmt: skip
     layout = Layout.from_environment()

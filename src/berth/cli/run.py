@@ -174,16 +174,18 @@ def _run(options: Options) -> int:
         # A machine that was just ending took the connection and greeted nobody, so nothing has been run.
         if error.agent_code != "unheard":
             raise
-    finally:
-        connection.close()
-    name, connection = _connect_slow(wanted, options)
-    try:
-        return _execute(options, name, connection)
-    finally:
-        connection.close()
+    return _execute(options, *_connect_slow(wanted, options))
 
 
 def _execute(options: Options, name: str, connection: _socket.socket) -> int:
+    """Do what is asked for over `connection`, and close it."""
+    try:
+        return _talk(options, name, connection)
+    finally:
+        connection.close()
+
+
+def _talk(options: Options, name: str, connection: _socket.socket) -> int:
     detach = "detach" in options.flags
     if detach and not options.argv:
         return _print_name(name)  # the machine runs: that is all there was to do

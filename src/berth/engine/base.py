@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from berth.bundle import Bundle
 from berth.config import BootConfig, MachineConfig
 from berth.names import MachineName
 from berth.net.addresses import Address
 from berth.progress import Progress
+
+if TYPE_CHECKING:
+    from berth.engine.unpacking import Ahead
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,8 +63,13 @@ class Engine(Protocol):
         """Say whether the machine's image has been unpacked for this engine."""
         ...
 
-    def make_template(self, machine: Machine, layers: Sequence[tuple[int, str]], progress: Progress) -> None:
-        """Unpack the image's `layers` (open blob descriptor, media type; bottom first) once; idempotent, atomic."""
+    def make_template(
+        self, machine: Machine, layers: Sequence[tuple[int, str]], progress: Progress, ahead: Ahead | None = None
+    ) -> None:
+        """Unpack the image's `layers` (open blob descriptor, media type; bottom first) once; idempotent, atomic.
+
+        ahead: may have done so already, or be at it.
+        """
         ...
 
     def start(self, machine: Machine, progress: Progress) -> None:

@@ -24,11 +24,14 @@ def unpack_layers(
     devices: Devices,
     progress: Callable[[int, int | None], None] = lambda _done, _total: None,
     limits: Limits | None = None,
+    first: int = 1,
+    height: int | None = None,
 ) -> UnpackReport:
     """Apply `layers`, lowest first, each a blob's descriptor and its media type, to the directory `target_fd`.
 
-    The descriptors stay open and the caller's. progress: told bytes of blobs read, and all. After an error the
-    directory is half-made and the caller's to remove. Raises what `apply_layer` does.
+    The descriptors stay open and the caller's. progress: told bytes of blobs read, and all. first, height: which layer
+    of how many in the image the lowest is, where these are not all of them. After an error the directory is half-made
+    and the caller's to remove. Raises what `apply_layer` does.
     """
     report = UnpackReport()
     total = sum(os.fstat(fd).st_size for fd, _ in layers)
@@ -42,8 +45,8 @@ def unpack_layers(
             progress(done, total)
 
     bound = limits or Limits()
-    for number, (fd, media_type) in enumerate(layers, 1):
-        where = f"layer {number} of {len(layers)}"
+    for number, (fd, media_type) in enumerate(layers, first):
+        where = f"layer {number} of {height or len(layers)}"
         if media_type not in spec.LAYERS:
             raise ImageFormatError(f"{where}: the media type {media_type} is not one of a layer")
         try:
@@ -54,10 +57,13 @@ def unpack_layers(
     return report
 
 
-def unpack_inside(target_fd: int, layers: Sequence[tuple[int, str]], devices: Devices) -> dict[str, object]:
+def unpack_inside(
+    target_fd: int, layers: Sequence[tuple[int, str]], devices: Devices, first: int = 1, height: int | None = None
+) -> dict[str, object]:
     """`unpack_layers` for `userns.call`: plain values in and out, progress told to the process that called.
 
     `UnpackReport.from_json` reads the result.
     """
     pairs = [(fd, media_type) for fd, media_type in layers]
-    return unpack_layers(target_fd, pairs, devices=devices, progress=inside.report).to_json()
+    report = unpack_layers(target_fd, pairs, devices=devices, progress=inside.report, first=first, height=height)
+    return report.to_json()

@@ -34,6 +34,7 @@ from berth.engine.running import (
     make_covers,
     texts,
 )  # fmt: skip
+from berth.engine.unpacking import Ahead, unpack
 from berth.errors import BerthError, BusyError, DeadlineError, StateFormatError
 from berth.layout import Layout
 from berth.log import log
@@ -85,8 +86,9 @@ class ContainerEngine:
     def has_template(self, machine: Machine) -> bool:
         return (self._layout.template(machine.config.image_digest) / "template.json").exists()
 
-    def make_template(self, machine: Machine, layers: Sequence[tuple[int, str]], progress: Progress) -> None:
-        """Unpack in a user namespace, as root too: whatever a layer holds, nothing of it can have the host's rights."""
+    def make_template(
+        self, machine: Machine, layers: Sequence[tuple[int, str]], progress: Progress, ahead: Ahead | None = None
+    ) -> None:
         digest = machine.config.image_digest
         template = self._layout.template(digest)
         files.make_private_directory(self._layout.data)
@@ -96,37 +98,16 @@ class ContainerEngine:
             if self.has_template(machine):
                 return
             partial = template.with_name(f"{template.name}.partial")
-            idmap = userns.plan_idmap(os.getuid(), os.getgid())
             try:
-                self._unpack(partial, layers, idmap, progress)
+                unpack(partial, digest, layers, progress, ahead)
+                # The folder above stays closed to the host's other users: what is setuid inside must not be reachable.
+                partial.chmod(0o711)
                 files.save_json(partial / "template.json", {"digest": digest}, schema=_SCHEMA)
                 partial.rename(template)
             except BaseException:
                 trees.delete(partial)
                 raise
             files.sync_directory(self._layout.templates)
-
-    def _unpack(
-        self, partial: Path, layers: Sequence[tuple[int, str]], idmap: userns.IdMap, progress: Progress
-    ) -> None:
-        rootfs = partial / "rootfs"
-        # The folder above stays closed to the host's other users: what is setuid inside must not be reachable.
-        rootfs.mkdir(parents=True)
-        partial.chmod(0o711)
-        target = os.open(rootfs, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            if self._root:
-                os.fchown(target, idmap.host_root(), idmap.host_root())
-            report = userns.call(
-                "berth.oci.unpack:unpack_inside",
-                {"target_fd": target, "layers": [list(layer) for layer in layers], "devices": "skip"},
-                idmap=idmap,
-                pass_fds=[target, *(fd for fd, _ in layers)],
-                progress=progress.advance,
-            )
-            log.debug("unpacked: %s", report)
-        finally:
-            os.close(target)
 
     def _sweep_templates(self) -> None:
         """Remove templates that were never finished; the lock is held, so nobody makes one now."""

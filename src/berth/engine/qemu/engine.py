@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -21,6 +20,7 @@ from berth.engine.qemu.accel import Accelerator, probe, require_qemu
 from berth.engine.qemu.launch import launch, start_keeper
 from berth.engine.qemu.monitor import Monitor
 from berth.engine.running import Process, answers, await_agent, boot_error, end_keeper, keeper_pid, listening, texts
+from berth.engine.unpacking import Ahead
 from berth.errors import BerthError, BootError, BusyError, DeadlineError, StateFormatError, UnsupportedError
 from berth.kernels.model import Kernel
 from berth.kernels.store import Kernels
@@ -58,7 +58,6 @@ class VmEngine:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._root = os.geteuid() == 0
 
     def settle(self, boot: BootConfig) -> BootConfig:
         return dataclasses.replace(
@@ -75,8 +74,10 @@ class VmEngine:
         made = disks.find_disk(machine.bundle) is not None
         return made or disks.has_template(self._layout, machine.config.image_digest, machine.boot.disk)
 
-    def make_template(self, machine: Machine, layers: Sequence[tuple[int, str]], progress: Progress) -> None:
-        disks.make_template(self._layout, machine.config.image_digest, layers, machine.boot.disk, progress)
+    def make_template(
+        self, machine: Machine, layers: Sequence[tuple[int, str]], progress: Progress, ahead: Ahead | None = None
+    ) -> None:
+        disks.make_template(self._layout, machine.config.image_digest, layers, machine.boot.disk, progress, ahead)
 
     # One machine's life -------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from typing import cast
 
 from berth import files, locks, trees, userns
 from berth.engine.qemu.sizes import disk_size, template_size
+from berth.engine.unpacking import Ahead, give, opened_directory, unpack
 from berth.errors import BerthError
 from berth.host import compare_version, tool_version
 from berth.layout import Layout
@@ -92,14 +93,15 @@ def template_uuid(path: Path) -> str:
 
 
 def make_template(
-    layout: Layout, digest: str, layers: Sequence[tuple[int, str]], disk: int | None, progress: Progress
-) -> None:
+    layout: Layout, digest: str, layers: Sequence[tuple[int, str]], disk: int | None, progress: Progress,
+    ahead: Ahead | None = None,
+) -> None:  # fmt: skip
     """Make a template for disks of `disk` bytes from `layers` (open blob descriptor, media type; bottom first).
 
     Idempotent, atomic. The image is unpacked and its files are read in a user namespace, as root too, so that nothing
     of it can have the host's rights and the owners in the file system are the image's; what the container engine has
-    unpacked already is used. Raises InvalidArgumentError when the image does not fit, UnsupportedError without mke2fs
-    or without subordinate ids, BerthError when the host's disk is full.
+    unpacked already is used, or what `ahead` has. Raises InvalidArgumentError when the image does not fit,
+    UnsupportedError without mke2fs or without subordinate ids, BerthError when the host's disk is full.
     """
     for program in ("mke2fs", "debugfs"):
         require_program(program, package="e2fsprogs")
@@ -110,7 +112,8 @@ def make_template(
         # Closed to the host's other users: what is setuid inside must not be reachable.
         partial.mkdir(mode=0o700)
         try:
-            size = _build(layout, digest, partial / "root.raw", layers, disk, progress)
+            with _unpacked(layout, digest, partial, layers, progress, ahead) as tree:
+                size = _build(layout, digest, partial / "root.raw", tree, disk, progress)
             # Before it is made durable: what of the unpacked files is not on the disk yet never has to go there.
             trees.delete(partial / "rootfs")
             _sync(partial / "root.raw")
@@ -158,14 +161,10 @@ def _known_content(layout: Layout, digest: str) -> int | None:
     return content if isinstance(content, int) else None
 
 
-def _build(
-    layout: Layout, digest: str, path: Path, layers: Sequence[tuple[int, str]], disk: int | None, progress: Progress
-) -> int:
+def _build(layout: Layout, digest: str, path: Path, tree: int, disk: int | None, progress: Progress) -> int:
     """Make the file system in the file `path`, and the folder that it will go to; return its size."""
-    idmap = userns.plan_idmap(os.getuid(), os.getgid())
-    with _unpacked(layout, digest, path.with_name("rootfs"), layers, idmap, progress) as tree:
-        progress.step("making a root disk")
-        content, size = _make_filesystem(path, tree, disk_size(disk), idmap)
+    progress.step("making a root disk")
+    content, size = _make_filesystem(path, tree, disk_size(disk), userns.plan_idmap(os.getuid(), os.getgid()))
     directory = layout.disk(digest)
     directory.mkdir(mode=0o700, exist_ok=True)
     files.save_json(directory / "template.json", {"digest": digest, "content": content}, schema=_SCHEMA)
@@ -174,49 +173,23 @@ def _build(
 
 @contextlib.contextmanager
 def _unpacked(
-    layout: Layout, digest: str, fresh: Path, layers: Sequence[tuple[int, str]], idmap: userns.IdMap, progress: Progress
-) -> Generator[int]:
-    """Open the image's files: those that the container engine keeps, or unpacked to `fresh`."""
+    layout: Layout, digest: str, partial: Path, layers: Sequence[tuple[int, str]], progress: Progress,
+    ahead: Ahead | None,
+) -> Generator[int]:  # fmt: skip
+    """Open the image's files: those that the container engine keeps, or unpacked into `partial`."""
     container = layout.template(digest)  # of engine/crun: whole when its template.json is there; ours to read only
-    if (container / "template.json").exists():
-        with _directory(container / "rootfs") as tree:
-            yield tree
-        return
-    fresh.mkdir()
-    with _directory(fresh) as tree:
-        os.fchmod(tree, 0o755)
-        _give(tree, idmap)
-        report = userns.call(
-            "berth.oci.unpack:unpack_inside",
-            {"target_fd": tree, "layers": [list(layer) for layer in layers], "devices": "skip"},
-            idmap=idmap,
-            pass_fds=[tree, *(fd for fd, _ in layers)],
-            progress=progress.advance,
-        )
-        log.debug("unpacked: %s", report)
+    is_there = (container / "template.json").exists()
+    if not is_there:
+        unpack(partial, digest, layers, progress, ahead)
+    with opened_directory((container if is_there else partial) / "rootfs") as tree:
         yield tree
-
-
-@contextlib.contextmanager
-def _directory(path: Path) -> Generator[int]:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _give(fd: int, idmap: userns.IdMap) -> None:
-    """Let the namespace's root write what we made; an ordinary user's own files it may write anyway."""
-    if os.geteuid() == 0:
-        os.fchown(fd, idmap.host_root(), idmap.host_root())
 
 
 def _make_filesystem(path: Path, tree: int, disk: int, idmap: userns.IdMap) -> tuple[int, int | None]:
     """Return the bytes of the image's content, and the size of the file system; None when the content does not fit."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        _give(fd, idmap)
+        give(fd, idmap)
         prezeroed = compare_version(tool_version(("mke2fs", "-V")) or "0", _PREZEROED)
         answer = userns.call(
             "berth.engine.qemu.mkfs:make_filesystem",

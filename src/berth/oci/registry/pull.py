@@ -9,16 +9,16 @@ import contextlib
 import functools
 import http.client
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 from berth.errors import BerthError, ImageFormatError, NotFoundError, RegistryError
 from berth.log import log
 from berth.names import ImageReference
 from berth.oci import spec
 from berth.oci.choose import Chosen, choose
-from berth.oci.digest import digest_of
+from berth.oci.digest import Digest, digest_of
 from berth.oci.registry.authfile import find_credentials
 from berth.oci.registry.client import Client
 from berth.oci.registry.hosts import load_registries
@@ -40,12 +40,26 @@ _ACCEPTED = (spec.INDEX, spec.MANIFEST, spec.DOCKER_INDEX, spec.DOCKER_MANIFEST)
 _FAILED = (RegistryError, NotFoundError, ImageFormatError)  # what another endpoint may do better
 
 
+class Arrivals(Protocol):
+    """Who wants an image's layers before all of it is there. The methods are quick and never raise."""
+
+    def expect(self, image: Digest, layers: Sequence[Descriptor]) -> None:
+        """Be told what the image of this manifest is going to have, lowest layer first."""
+        ...
+
+    def arrived(self, blob: Digest, open_blob: Callable[[Digest], int]) -> None:
+        """Be told, by any thread, of a layer that is whole and verified, and can be opened now."""
+        ...
+
+
 def pull(
-    reference: ImageReference, ingest: Ingest, *, platform: Platform | None, progress: Progress, registries: Path
-) -> Descriptor:
+    reference: ImageReference, ingest: Ingest, *, platform: Platform | None, progress: Progress, registries: Path,
+    arrivals: Arrivals | None = None,
+) -> Descriptor:  # fmt: skip
     """Copy an image out of a registry, complete in `ingest`; what the store has is not fetched again.
 
-    registries: registries.toml. Raises NotFoundError, RegistryError, ImageFormatError, StateFormatError.
+    registries: registries.toml. arrivals: told of the layers as they come. Raises NotFoundError, RegistryError,
+    ImageFormatError, StateFormatError.
     """
     config = load_registries(registries)
     name, _, repository = reference.path.partition("/")
@@ -58,7 +72,7 @@ def pull(
             found = Client(endpoint, repository, watchdog, find)
             stack.callback(found.close)
             clients.append(found)
-        work = _Pull(reference, clients, ingest, progress)
+        work = _Pull(reference, clients, ingest, progress, arrivals)
         return work.run(platform, config.parallel_layers, watchdog)
 
 
@@ -66,12 +80,14 @@ class _Pull:
     """One image on its way. clients: the mirrors in order, the registry itself last."""
 
     def __init__(
-        self, reference: ImageReference, clients: Sequence[Client], ingest: Ingest, progress: Progress
-    ) -> None:
+        self, reference: ImageReference, clients: Sequence[Client], ingest: Ingest, progress: Progress,
+        arrivals: Arrivals | None,
+    ) -> None:  # fmt: skip
         self._reference = reference
         self._clients = list(clients)
         self._ingest = ingest
         self._progress = progress
+        self._arrivals = arrivals
         self._tally = Tally()
 
     def run(self, platform: Platform | None, threads: int, watchdog: Watchdog) -> Descriptor:
@@ -85,12 +101,15 @@ class _Pull:
         missing = [item for item in needed.values() if not self._ingest.has(item)]
         total = sum(item.size for item in missing)
         self._check_room(total)
+        if self._arrivals:
+            self._arrivals.expect(chosen.descriptor.digest, manifest.layers)
+            for item in needed.values():
+                if item not in missing:
+                    self._arrivals.arrived(item.digest, self._ingest.open)
         if missing:
             self._say(len(manifest.layers), sum(item in missing for item in manifest.layers))
-            # The largest first: with the small ones beside it, not behind it.
-            missing.sort(key=lambda item: -item.size)
             in_parallel(
-                self._fetch, missing, threads=threads, stop=watchdog.stop,
+                self._fetch, _in_order(missing, wanted=self._arrivals is not None), threads=threads, stop=watchdog.stop,
                 tick=lambda: self._progress.advance(self._tally.done, total),
             )  # fmt: skip
         return chosen.descriptor
@@ -124,6 +143,11 @@ class _Pull:
             )
 
     def _fetch(self, blob: Descriptor) -> None:
+        self._bring(blob)
+        if self._arrivals:
+            self._arrivals.arrived(blob.digest, self._ingest.open)
+
+    def _bring(self, blob: Descriptor) -> None:
         """Bring one blob, from the first endpoint that gives it whole."""
         for client in self._clients:
             with self._ingest.writer() as writer:
@@ -172,6 +196,15 @@ class _Pull:
                 self._tally.add(len(wanted))
         if writer.size < blob.size:
             raise http.client.IncompleteRead(b"", blob.size - writer.size)
+
+
+def _in_order(layers: Sequence[Descriptor], *, wanted: bool) -> list[Descriptor]:
+    """Say in which order to fetch layers, which come lowest first. wanted: somebody waits for the lowest.
+
+    The largest goes first, with the others beside it and not behind it: the small ones last, or the lowest first.
+    """
+    largest = sorted(layers, key=lambda item: -item.size)
+    return [largest[0], *(item for item in layers if item is not largest[0])] if wanted else largest
 
 
 def _check_range(client: Client, response: Response, blob: Descriptor, start: int) -> int:
