@@ -9,15 +9,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import cast
+from typing import IO, cast
 
 from berth import files
 from berth.config import BootConfig
 from berth.engine.base import STOPPED, Liveness, Machine
 from berth.engine.qemu import disks, sizes
 from berth.engine.qemu.accel import Accelerator, probe, require_qemu
+from berth.engine.qemu.changes import Changes, Setting, write_changes
 from berth.engine.qemu.launch import launch, start_keeper
 from berth.engine.qemu.monitor import Monitor
 from berth.engine.running import Process, answers, await_agent, boot_error, end_keeper, keeper_pid, listening, texts
@@ -142,6 +144,21 @@ class VmEngine:
             if isinstance(error, BootError) and said:
                 raise boot_error(machine, f"QEMU ended: {said}") from error
             raise
+
+    def write_changes(
+        self,
+        machine: Machine,
+        out: IO[bytes],
+        *,
+        exclude: Collection[str],
+        still: AbstractContextManager[None],
+        progress: Progress,
+    ) -> Changes:
+        """Write what the machine has changed since its image as a layer; see `changes.write_changes`."""
+        arch = machine.config.platform.split("/")[1]
+        require_qemu(arch)
+        setting = Setting(machine, self._kernel(machine, arch, progress), probe(self._layout, arch), self._layout)
+        return write_changes(setting, out, exclude=exclude, still=still)
 
     # Looking ------------------------------------------------------------------------------------------------------
 
