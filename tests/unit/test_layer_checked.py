@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from berth.errors import ImageFormatError
+from berth.oci import hostile
 from berth.oci.hostile import check_layer
 from berth.oci.layer import Limits
 from tars import END, directory, hardlink, member, symlink
@@ -82,6 +83,14 @@ def test_limits() -> None:
         check(member("a") + member("b") + member("c"), limits=Limits(entries=2))
     with pytest.raises(ImageFormatError, match="its size is"):
         check(member("a", b"four"), limits=Limits(size=3))
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hostile, "_MEMORY_MAX", 1000)
+    many = [member(f"f{number}") + hardlink(f"l{number}", f"f{number}") for number in range(20)]
+    assert check(b"".join(many[:9])) == 18
+    with pytest.raises(ImageFormatError, match="than fit in memory"):
+        check(b"".join(many))
 
 
 def test_names_are_shown_harmless() -> None:

@@ -17,7 +17,8 @@ from berth.oci.tree import split
 
 _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
-_TARGETS_MAX = 1_000_000  # as many as `diff` and the guest agent remember
+_MEMORY_MAX = 256 * 1024 * 1024  # bytes; a million files of several names, which is what `diff` remembers
+_NAME = 100  # bytes that a name takes here, besides its letters
 
 
 def check_layer(
@@ -49,6 +50,7 @@ class _Checker:
         self._exclude = exclude
         self._limits = limits
         self._seen: set[bytes] = set()  # those of the targets that were
+        self._taken = 0  # bytes of memory, about
 
     def check(self, entry: tar.Entry, count: int) -> None:
         if count > self._limits.entries:
@@ -67,9 +69,7 @@ class _Checker:
         if entry.kind == tar.SYMLINK and not entry.link:
             raise ImageFormatError("a symbolic link to nothing")
         if entry.kind == tar.HARDLINK:
-            self.targets.add(split(entry.link))
-            if len(self.targets) > _TARGETS_MAX:
-                raise ImageFormatError("more files with several names than are told")
+            self._remember(split(entry.link))
 
     def check_target(self, entry: tar.Entry) -> None:
         path = split(entry.name)
@@ -78,6 +78,13 @@ class _Checker:
                 raise ImageFormatError("a hard link to what is not there")
         elif entry.kind != tar.DIRECTORY and path in self.targets:
             self._seen.add(path)
+
+    def _remember(self, target: bytes) -> None:
+        if target not in self.targets:
+            self._taken += _NAME + len(target)
+            if self._taken > _MEMORY_MAX:
+                raise ImageFormatError("more files with several names than fit in memory")
+            self.targets.add(target)
 
     def _hidden(self, name: bytes, entry: tar.Entry) -> bytes:
         """Return the name that a whiteout hides; an opaque directory's is the directory's own business."""

@@ -94,9 +94,9 @@ def write_changes(
         if owner is not None:
             os.fchown(out.fileno(), owner, owner)
         initrd = kept.enter_context(initial_ramfs(setting.kernel, setting.layout, document, check=check))
-        console = _read(
-            setting, _plan(setting, disk, initrd, out, kept), out, _HEAD + found.size + found.size // 8 + GIB
-        )
+        # All that fits on the disk, and the headers.
+        limit = _HEAD + found.size + found.size // 8 + GIB
+        console = _read(setting, _plan(setting, disk, initrd, out, kept), out, limit)
     return _verdict(setting.machine, out, console)
 
 
@@ -167,10 +167,17 @@ def _run(argv: list[str], fds: Sequence[int], boot_s: float) -> str:
         try:
             said = cast("IO[bytes]", process.stdout).fileno()
             first = _listen(said, b"", until=_SIGN, timeout_s=boot_s)
-            last = _listen(said, first, until=None, timeout_s=_READ_S)
+            last = _read_on(said, first)
         finally:
             process.kill()
     return _ESCAPES.sub("", last.decode(errors="replace")).strip()
+
+
+def _read_on(fd: int, said: bytes) -> bytes:
+    try:
+        return _listen(fd, said, until=None, timeout_s=_READ_S)
+    except DeadlineError as error:  # no more of this: it is not the boot that has got stuck
+        raise BerthError(f"the disk could not be read within {_READ_S:g} s") from error
 
 
 def _listen(fd: int, said: bytes, *, until: bytes | None, timeout_s: float) -> bytes:

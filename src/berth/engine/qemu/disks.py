@@ -213,6 +213,7 @@ def copied_disk(bundle: Bundle, *, owner: int | None = None) -> Generator[OpenDi
         try:
             with _opened(bundle.vm_disk, os.O_RDONLY) as fd:
                 _copy(fd, copy.fileno())
+            _head(bundle, copy.fileno())  # of a running machine it was last looked at before
         except OSError as error:
             raise BerthError(f"can't copy the disk of machine '{bundle.name}': {error.strerror}") from error
         if owner is not None:

@@ -23,7 +23,15 @@ from berth.engine.qemu.changes import Changes, Setting, write_changes
 from berth.engine.qemu.launch import launch, start_keeper
 from berth.engine.qemu.monitor import Monitor
 from berth.engine.running import Process, answers, await_agent, boot_error, end_keeper, keeper_pid, listening, texts
-from berth.errors import BerthError, BootError, BusyError, DeadlineError, StateFormatError, UnsupportedError
+from berth.errors import (
+    BerthError,
+    BootError,
+    BusyError,
+    DeadlineError,
+    InvalidStateError,
+    StateFormatError,
+    UnsupportedError,
+)
 from berth.kernels.model import Kernel
 from berth.kernels.store import Kernels
 from berth.layout import Layout
@@ -154,7 +162,13 @@ class VmEngine:
         still: AbstractContextManager[None],
         progress: Progress,
     ) -> Changes:
-        """Write what the machine has changed since its image as a layer; see `changes.write_changes`."""
+        """Write what the machine has changed since its image as a layer; see `changes.write_changes`.
+
+        Raises InvalidStateError for one that is paused: nothing in it can answer.
+        """
+        reason = self._why_paused(machine)
+        if reason is not None and self.find(machine).state != "stopped":
+            raise InvalidStateError(f"machine '{machine.config.name}' is paused: {reason}")
         arch = machine.config.platform.split("/")[1]
         require_qemu(arch)
         setting = Setting(machine, self._kernel(machine, arch, progress), probe(self._layout, arch), self._layout)
@@ -182,10 +196,14 @@ class VmEngine:
             for target, server in record.servers
             if not server.is_alive()
         ]
+        reason = self._why_paused(machine)
+        return tuple(found) if reason is None else (*found, f"it is paused: {reason}")
+
+    def _why_paused(self, machine: Machine) -> str | None:
         with contextlib.suppress(FileNotFoundError, StateFormatError):
             paused = files.load_json(self._layout.live(machine.config.name) / "paused.json", schema=_SCHEMA)
-            found.append(f"it is paused: {str(paused.get('reason'))[:200]}")
-        return tuple(found)
+            return str(paused.get("reason"))[:200]
+        return None
 
     def _load_record(self, name: MachineName) -> _Record | None:
         path = self._layout.live(name) / "vm.json"

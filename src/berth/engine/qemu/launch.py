@@ -1,8 +1,8 @@
-"""Start one VM: gather what QEMU inherits, start the keeper, the folder servers and QEMU itself. Called by `engine`;
-`changes` starts its QEMU by the parts of it.
+"""Start one VM: gather what QEMU inherits, start the keeper, the folder servers and QEMU itself. Called by `engine`.
 
 QEMU gets every file and socket as an open descriptor and needs no path of the host's. For root it runs as an id that
-owns nothing. All that is started here outlives the berth command.
+owns nothing. All that is started here outlives the berth command. `changes` starts a QEMU of its own
+with the public parts.
 """
 
 from __future__ import annotations
