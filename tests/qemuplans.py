@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from berth.engine.qemu.plan import Disk, Nic, Share, UserNetwork, Vm, kernel_command_line
+from berth.engine.qemu.plan import Disk, Nic, Reader, Share, UserNetwork, Vm, kernel_command_line
 from berth.units import GIB
 
 _MAC = "02:be:0a:d1:00:02"
@@ -42,3 +42,10 @@ CASES = {
     "amd64-kvm-root": _AMD64_KVM_ROOT,
     "arm64-tcg": _ARM64_TCG,
 }
+
+# What reads a machine's changes.
+READER = Reader(
+    id="0123456789ab", arch="amd64", host_arch="amd64", accel="kvm", cpus=1, memory=GIB // 2, kernel_fd=10,
+    kernel_is_pvh=True, initrd_fd=11, cmdline=kernel_command_line("amd64", "kvm"), disk=Disk(fd=12, backing_fd=13),
+    template_fd=14, output_fd=15,
+)  # fmt: skip

@@ -1,8 +1,9 @@
 """A machine becomes an image again: what it has changed, as one layer on the image it was made from. Layer 5.
 
 `cli` and the API call `commit`. docs/building.md says what is in the layer and what is not. A container machine's
-changes are its overlayfs upper directory, read on the host; a running one stands still meanwhile. The disk of a VM
-machine can't be read without its kernel: that is refused, in words.
+changes are its overlayfs upper directory, read on the host; a running one stands still meanwhile. A VM's are on a disk
+that no program of the host reads: a VM of our own does (`engine.qemu.changes`), from a copy, and only for the time of
+copying does the file system of a running machine stand still.
 """
 
 from __future__ import annotations
@@ -16,14 +17,20 @@ from pathlib import Path
 from typing import IO, cast
 
 from berth import locks
+from berth.agent import connect
 from berth.bundle import Bundle
 from berth.config import BootConfig, MachineConfig
+from berth.engine.base import Machine
 from berth.engine.crun import cgroups
-from berth.errors import BerthError, InvalidStateError, UnsupportedError
+from berth.engine.qemu.engine import VmEngine
+from berth.engine.qemu.freezing import frozen
+from berth.errors import BerthError, InvalidStateError
 from berth.images import StoredImage, storable
 from berth.lifecycle import Machines
+from berth.net import addresses
 from berth.oci.derive import derive
 from berth.oci.diff import layer_of
+from berth.oci.hostile import check_layer
 from berth.oci.spec import Descriptor
 from berth.oci.store import Ingest, Store
 from berth.proc import spawn
@@ -31,6 +38,7 @@ from berth.progress import Progress, Silent
 
 _LOCK_S = 300.0
 _FREEZE_S = 10.0
+_CONNECT_S = 10.0
 # What berth makes in every machine, and what makes a machine this one and no other. Not in it: see docs/building.md.
 _LEFT_OUT = (
     "dev", "proc", "sys", "run", "etc/hostname", "etc/hosts", "etc/resolv.conf", "etc/machine-id",
@@ -52,40 +60,52 @@ def commit(
 ) -> StoredImage:
     """Store what a machine has become as the image `reference`; return it.
 
-    A running machine is frozen while it is read. live: it is not, and files that change meanwhile may be torn.
-    Raises NotFoundError, UnsupportedError for a VM machine, InvalidStateError for one that can't be frozen.
+    A running machine is frozen while it is read. live: a container is not, and files that change meanwhile may be torn.
+    Raises NotFoundError, InvalidStateError for a machine that can't be frozen.
     """
     progress = progress or Silent()
     new = storable(reference)
     bundle = Bundle(machines.layout, machines.resolve(name))
     config, boot = bundle.load(), bundle.load_boot()
-    if config.isolation == "vm":
-        raise UnsupportedError(
-            f"machine '{bundle.name}' is a VM: its disk can't be made an image yet",
-            hint=f"berth run -n {bundle.name} --root -- tar -C / --one-file-system -c . | "
-            f"berth image import /dev/stdin {reference}",
-        )
     base = machines.images.find(config.image_digest)
     with _held(bundle), contextlib.ExitStack() as stack:
-        if machines.inspect(bundle.name).status != "stopped" and not live:
+        is_running = machines.inspect(bundle.name).status != "stopped"
+        if is_running and config.isolation == "container" and not live:
             stack.enter_context(_frozen(config))
         progress.step(f"reading {bundle.name}")
 
         def fill(ingest: Ingest) -> Descriptor:
             with ingest.scratch() as layer:
-                _write(bundle, config, boot, layer)
-                stack.close()  # from here on the machine need not stand still
-                layer.seek(0)
+                if config.isolation == "vm":
+                    _write_disk(bundle, config, boot, layer, progress, is_running=is_running)
+                else:
+                    _write_upper(bundle, config, boot, layer)
+                    stack.close()  # from here on the machine need not stand still
                 return _derived(machines, base, ingest, layer, _told(config, message))
 
         return machines.images.add(fill, [new], progress=progress.advance)
 
 
-def _write(bundle: Bundle, config: MachineConfig, boot: BootConfig, layer: IO[bytes]) -> None:
+def _write_upper(bundle: Bundle, config: MachineConfig, boot: BootConfig, layer: IO[bytes]) -> None:
     lower = bundle.layout.template(config.image_digest) / "rootfs"
     upper = bundle.upper
     upper.mkdir(parents=True, exist_ok=True)  # of a machine that never ran
     layer_of(upper, layer, lower=lower if lower.exists() else None, exclude=left_out(config, boot))
+    layer.seek(0)
+
+
+def _write_disk(
+    bundle: Bundle, config: MachineConfig, boot: BootConfig, layer: IO[bytes], progress: Progress, *, is_running: bool
+) -> None:
+    machine = Machine(bundle, config, boot, addresses.allocate(bundle.layout, bundle.name))
+    exclude = [*left_out(config, boot), "lost+found"]
+    # Also with `live`: what would be torn are the tables of the disk itself.
+    path = bundle.layout.agent_socket(bundle.name)
+    still = frozen(lambda: connect(path, timeout_s=_CONNECT_S), bundle.name) if is_running else contextlib.nullcontext()
+    found = VmEngine(bundle.layout).write_changes(machine, layer, exclude=exclude, still=still, progress=progress)
+    paths = [os.fsencode(path) for path in exclude]
+    check_layer(layer.fileno(), start=found.start, size=found.size, exclude=paths, where="the new layer")
+    layer.seek(found.start)
 
 
 def left_out(config: MachineConfig, boot: BootConfig) -> list[str]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
-from berth import bundle as bundles
 from berth.commit import commit, left_out
 from berth.config import BootConfig, HostUser, MachineConfig, Mount
-from berth.errors import InvalidArgumentError, NotFoundError, UnsupportedError
+from berth.errors import InvalidArgumentError, NotFoundError
 from berth.layout import Layout
 from berth.lifecycle import Machines
 from berth.names import parse_machine_name
@@ -35,14 +32,6 @@ def test_what_makes_a_machine_this_one_is_not_in_the_image() -> None:
     assert {"etc/hostname", "etc/machine-id", "etc/hosts", "etc/resolv.conf", "var/lib/berth", "var/lib/docker"} <= set(
         left_out(CONFIG, BootConfig())
     )
-
-
-def test_a_vm_is_refused_with_the_way_that_works(layout: Layout) -> None:
-    with bundles.create(layout, dataclasses.replace(CONFIG, isolation="vm"), BootConfig()):
-        pass
-    with pytest.raises(UnsupportedError, match="is a VM") as caught:
-        commit(Machines(layout), "dev", "local/dev:1")
-    assert "berth image import" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("reference", ["oci:/x", "Not A Name", "name@sha256:" + "0" * 64])

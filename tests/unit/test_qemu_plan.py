@@ -19,9 +19,10 @@ from berth.engine.qemu.plan import (
     kernel_command_line,
     qemu_command,
     qemu_program,
+    reader_command,
 )
 from berth.units import GIB, MIB
-from qemuplans import CASES
+from qemuplans import CASES, READER
 
 _GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -39,8 +40,11 @@ def rows(argv: tuple[str, ...]) -> str:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_command_is_the_golden_one(case: str) -> None:
+    check_golden(case, rows(qemu_command(CASES[case])))
+
+
+def check_golden(case: str, text: str) -> None:
     golden = _GOLDEN / f"qemu-{case}.txt"
-    text = rows(qemu_command(CASES[case]))
     if os.environ.get("BERTH_TEST_WRITE_GOLDEN"):
         golden.write_text(text)
     assert text == golden.read_text()
@@ -73,6 +77,18 @@ def test_qemu_is_given_no_path_and_no_listener(case: str) -> None:
     assert [path for path in paths if path != "/22"] == []
     for word in ("tcp:", "vnc", "hostfwd", "gdb", "path=/tmp"):
         assert word not in text
+
+
+def test_a_reader_has_three_disks_and_no_way_out() -> None:
+    text = rows(reader_command(READER))
+    check_golden("reader", text)
+    named = [int(number) for number in re.findall(r"(?:\bfd=|/proc/self/fd/)(\d+)", text)]
+    assert sorted(named) == sorted(READER.inherited_fds)
+    for word in ("netdev", "virtio-net", "virtiofs", "9p", "socket,", "-mon "):
+        assert word not in text.replace(READER.cmdline, "")
+    for pattern in (r"\bid=([\w-]+)", r"node-name=([\w-]+)", r"\baddr=([0-9a-f.]+)", r"\bset=(\d+)"):
+        found = re.findall(pattern, text)
+        assert len(set(found)) == len(found), pattern
 
 
 BASE = CASES["amd64-tcg-user"]

@@ -1,5 +1,5 @@
 // Command berth-agent is the one program that berth brings into a machine, and the small one that stays beside it on the
-// host: `boot` and `serve` in the guest, and in a VM /init and `guard`; `keeper` and `pause` on the host
+// host: `boot` and `serve` in the guest, and in a VM /init, `guard`, `freeze` and `thaw`; `keeper` and `pause` on the host
 // (docs/internals.md).
 package main
 
@@ -15,6 +15,7 @@ import (
 	"berth.dev/guest/internal/boot"
 	"berth.dev/guest/internal/channel"
 	"berth.dev/guest/internal/exec"
+	"berth.dev/guest/internal/freeze"
 	"berth.dev/guest/internal/guestos"
 	"berth.dev/guest/internal/keeper"
 	"berth.dev/guest/internal/pause"
@@ -47,6 +48,10 @@ func main() {
 		os.Exit(runServe())
 	case "guard":
 		os.Exit(vmboot.Guard())
+	case "freeze":
+		os.Exit(freeze.Main())
+	case "thaw":
+		os.Exit(freeze.Thaw())
 	case "keeper":
 		os.Exit(keeper.Main(os.Args[2:], version))
 	case "pause":
@@ -59,7 +64,7 @@ func main() {
 }
 
 func usage() int {
-	complain("usage: berth-agent boot|serve|guard|keeper|pause|version")
+	complain("usage: berth-agent boot|serve|guard|freeze|thaw|keeper|pause|version")
 	return exitUsage
 }
 

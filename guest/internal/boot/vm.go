@@ -23,6 +23,16 @@ type VM struct {
 	Mounts    []Mount  `json:"mounts"`
 	Network   *Network `json:"network"`
 	UnixNanos int64    `json:"unixNanos"`
+	// Changes is set in a VM that is no machine's: it only reads what a machine has changed on its root disk.
+	Changes *Changes `json:"changes"`
+}
+
+// Changes says what they are the difference to and where they go: Template and Output are serial numbers of virtio block
+// devices. Exclude: paths below the root that are not looked at.
+type Changes struct {
+	Template string   `json:"template"`
+	Output   string   `json:"output"`
+	Exclude  [][]byte `json:"exclude"`
 }
 
 // Mount is a folder of the host's, or one File in it.
@@ -50,6 +60,9 @@ func (v *VM) check() error {
 		if err := mount.check(); err != nil {
 			return err
 		}
+	}
+	if v.Changes != nil && (v.Changes.Template == "" || v.Changes.Output == "") {
+		return errors.New("changes name no disks")
 	}
 	if v.Network != nil && (v.Network.Prefix < 0 || v.Network.Prefix > 32) {
 		return fmt.Errorf("the network's prefix is %d", v.Network.Prefix)

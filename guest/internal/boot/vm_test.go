@@ -30,6 +30,16 @@ func TestParseVM(t *testing.T) {
 	}
 }
 
+func TestParseChanges(t *testing.T) {
+	doc, err := Parse(withVM(`{"root": "r", "changes": {"template": "t", "output": "o", "exclude": ["ZXRjL/8=", "cnVu"]}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c := doc.VM.Changes; c.Template != "t" || c.Output != "o" || len(c.Exclude) != 2 || string(c.Exclude[0]) != "etc/\xff" {
+		t.Errorf("%+v", c)
+	}
+}
+
 func TestParseVMRefuses(t *testing.T) {
 	mount := func(members string) string { return `{"root": "r", "mounts": [{` + members + `}]}` }
 	network := func(members string) string { return `{"root": "r", "network": {` + members + `}}` }
@@ -42,6 +52,7 @@ func TestParseVMRefuses(t *testing.T) {
 		mount(`"tag": "t", "target": "/a", "type": "x"`):                     "type",
 		mount(`"tag": "t", "target": "/a", "type": "9p", "file": "a/b"`):     "file",
 		mount(`"tag": "t", "target": "/a", "type": "9p", "file": ".."`):      "file",
+		`{"root": "r", "changes": {"template": "t"}}`:                        "no disks",
 		network(`"mac": "52:54:00:12:ab", "ip": "1.2.3.4"`):                  "MAC",
 		network(`"mac": "5254:0012:ab:cd", "ip": "1.2.3.4"`):                 "MAC",
 		network(`"mac": "52:54:00:12:ab:cd", "ip": "1.2.3"`):                 "IPv4",

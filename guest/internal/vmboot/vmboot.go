@@ -1,6 +1,7 @@
 // Package vmboot is the agent as the initramfs's /init of a virtual machine: process 1 from the kernel's hand-over to
 // the new root, where package boot makes the twin and becomes the image's init (docs/protocol.md, "How the agent is
-// started"). It also owns `agent guard`, which keeps `agent serve` there. main calls both.
+// started"). It also owns `agent guard`, which keeps `agent serve` there, and a VM that is no machine's: the one that
+// reads the changes of a disk. main calls both.
 //
 // What only costs comfort when it fails (a share, a module, the network) is said on the console and passed over; without
 // the rest there is no machine, and it is turned off, because a process 1 that just ends is a kernel panic.
@@ -65,6 +66,9 @@ func run() error {
 	}
 	if doc.VM == nil {
 		return errors.New("the boot document is a container's")
+	}
+	if doc.VM.Changes != nil {
+		return writeChanges(doc.VM)
 	}
 	if err := mountRoot(doc.VM); err != nil {
 		return err

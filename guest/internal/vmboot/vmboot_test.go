@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"berth.dev/guest/internal/boot"
+	"berth.dev/guest/internal/layer"
 )
 
 func put(t *testing.T, path, text string) {
@@ -181,5 +182,28 @@ func TestNextPause(t *testing.T) {
 	}
 	if got := nextPause(pause, healthyAfter); got != firstPause {
 		t.Errorf("an agent that ran well is back after %s", got)
+	}
+}
+
+func TestVerdictOfTheChanges(t *testing.T) {
+	for said, want := range map[verdict]string{
+		{Summary: layer.Summary{Size: 1024, Entries: 2, Whiteouts: 1}}: `{"size":1024,"entries":2,"whiteouts":1,"leftOut":0}`,
+		{Error: "it is damaged"}:                 `{"size":0,"entries":0,"whiteouts":0,"leftOut":0,"error":"it is damaged"}`,
+		{Error: strings.Repeat("x", outputHead)}: `{"error": "no words for it"}`,
+	} {
+		path := t.TempDir() + "/disk"
+		put(t, path, strings.Repeat("~", 2*outputHead))
+		file, err := os.OpenFile(path, os.O_WRONLY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer file.Close()
+		if err := writeVerdict(file, said); err != nil {
+			t.Fatal(err)
+		}
+		data, err := os.ReadFile(path)
+		if err != nil || string(bytes.TrimRight(data[:outputHead], "\x00")) != want || data[outputHead] != '~' {
+			t.Errorf("%v %q", err, data[:outputHead])
+		}
 	}
 }

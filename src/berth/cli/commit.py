@@ -13,7 +13,8 @@ def _configure(parser: Parser) -> Handler:
     parser.describe(
         """
         Makes an image of what a machine has become, and prints its name: the image that the machine was made from, and
-        one layer with what has changed since. A machine that runs stands still while it is read.
+        one layer with what has changed since. A machine that runs stands still while it is read; a VM's disk does
+        while it is copied, and a VM of berth's own reads the copy.
 
         Your home and other mounted folders are not in it, nor what makes the machine this one and no other: its host
         name, its machine id, what berth keeps in it.
@@ -26,8 +27,8 @@ def _configure(parser: Parser) -> Handler:
     parser.argument("machine", metavar="MACHINE", kind=MACHINE, help="the machine")
     parser.argument("reference", metavar="NAME", kind=IMAGE, help="what to call the image")
     parser.option("-m", "--message", default="", metavar="TEXT", help="a line for the image's history")
-    parser.option("--live", action="store_true", help="do not let a running machine stand still; files that change "
-                  "meanwhile may be half old, half new")  # fmt: skip
+    parser.option("--live", action="store_true", help="do not let a running container stand still; files that "
+                  "change meanwhile may be half old, half new")  # fmt: skip
     parser.add_common(progress=True)
     return _commit
 

@@ -1,6 +1,7 @@
 """A machine's own root disk: copy-on-write on its image's template. Owns what lies in `Bundle.vm` of it.
 
-The VM engine and `lifecycle` call it; nothing here may be called while the machine runs, except `disk_usage`.
+The VM engine and `lifecycle` call it; nothing here may be called while the machine runs, except `disk_usage`, and
+`copied_disk` while its root file system is frozen.
 
     vm/disk.qcow2   what the machine has written
     vm/disk.json    which template it is on: digest, size, and the UUID of the file system in it
@@ -24,6 +25,7 @@ import fcntl
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -39,8 +41,8 @@ from berth.proc import require_program, run
 from berth.units import GIB, MIB, format_size
 
 __all__ = [
-    "Disk", "OpenDisk", "clone_disk", "create_disk", "disk_usage", "ensure_disk", "find_disk", "has_template",
-    "make_template", "mark_clean", "mark_running", "opened_disk", "was_clean",
+    "Disk", "OpenDisk", "clone_disk", "copied_disk", "create_disk", "disk_usage", "ensure_disk", "find_disk",
+    "has_template", "make_template", "mark_clean", "mark_running", "opened_disk", "was_clean",
 ]  # fmt: skip
 
 _SCHEMA = 1  # of disk.json
@@ -195,6 +197,28 @@ def opened_disk(bundle: Bundle, *, owner: int | None = None) -> Generator[OpenDi
         if owner is not None:
             os.fchown(fd, owner, owner)
         yield OpenDisk(fd, template)
+
+
+@contextlib.contextmanager
+def copied_disk(bundle: Bundle, *, owner: int | None = None) -> Generator[OpenDisk]:
+    """Open a copy of the disk, which has no name and is gone at the end, and its template. Otherwise as `opened_disk`.
+
+    Raises BerthError when there is no room for the copy.
+    """
+    disk = find_disk(bundle)
+    if disk is None:
+        raise NotFoundError(f"machine '{bundle.name}' has no disk", hint=f"berth start {bundle.name}")
+    path = _template_of(bundle, disk)
+    with tempfile.TemporaryFile(dir=bundle.vm) as copy, _opened(path, os.O_RDONLY) as template:
+        try:
+            with _opened(bundle.vm_disk, os.O_RDONLY) as fd:
+                _copy(fd, copy.fileno())
+            _head(bundle, copy.fileno())  # of a running machine it was last looked at before
+        except OSError as error:
+            raise BerthError(f"can't copy the disk of machine '{bundle.name}': {error.strerror}") from error
+        if owner is not None:
+            os.fchown(copy.fileno(), owner, owner)
+        yield OpenDisk(copy.fileno(), template)
 
 
 def _template_of(bundle: Bundle, disk: Disk) -> Path:

@@ -8,20 +8,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import cast
+from typing import IO, cast
 
 from berth import files
 from berth.config import BootConfig
 from berth.engine.base import STOPPED, Liveness, Machine
 from berth.engine.qemu import disks, sizes
 from berth.engine.qemu.accel import Accelerator, probe, require_qemu
+from berth.engine.qemu.changes import Changes, Setting, write_changes
 from berth.engine.qemu.launch import launch, start_keeper
 from berth.engine.qemu.monitor import Monitor
 from berth.engine.running import Process, answers, await_agent, boot_error, end_keeper, keeper_pid, listening, texts
 from berth.engine.unpacking import Ahead
-from berth.errors import BerthError, BootError, BusyError, DeadlineError, StateFormatError, UnsupportedError
+from berth.errors import (
+    BerthError,
+    BootError,
+    BusyError,
+    DeadlineError,
+    InvalidStateError,
+    StateFormatError,
+    UnsupportedError,
+)
 from berth.kernels.model import Kernel
 from berth.kernels.store import Kernels
 from berth.layout import Layout
@@ -144,6 +154,27 @@ class VmEngine:
                 raise boot_error(machine, f"QEMU ended: {said}") from error
             raise
 
+    def write_changes(
+        self,
+        machine: Machine,
+        out: IO[bytes],
+        *,
+        exclude: Collection[str],
+        still: AbstractContextManager[None],
+        progress: Progress,
+    ) -> Changes:
+        """Write what the machine has changed since its image as a layer; see `changes.write_changes`.
+
+        Raises InvalidStateError for one that is paused: nothing in it can answer.
+        """
+        reason = self._why_paused(machine)
+        if reason is not None and self.find(machine).state != "stopped":
+            raise InvalidStateError(f"machine '{machine.config.name}' is paused: {reason}")
+        arch = machine.config.platform.split("/")[1]
+        require_qemu(arch)
+        setting = Setting(machine, self._kernel(machine, arch, progress), probe(self._layout, arch), self._layout)
+        return write_changes(setting, out, exclude=exclude, still=still)
+
     # Looking ------------------------------------------------------------------------------------------------------
 
     def find(self, machine: Machine) -> Liveness:
@@ -166,10 +197,14 @@ class VmEngine:
             for target, server in record.servers
             if not server.is_alive()
         ]
+        reason = self._why_paused(machine)
+        return tuple(found) if reason is None else (*found, f"it is paused: {reason}")
+
+    def _why_paused(self, machine: Machine) -> str | None:
         with contextlib.suppress(FileNotFoundError, StateFormatError):
             paused = files.load_json(self._layout.live(machine.config.name) / "paused.json", schema=_SCHEMA)
-            found.append(f"it is paused: {str(paused.get('reason'))[:200]}")
-        return tuple(found)
+            return str(paused.get("reason"))[:200]
+        return None
 
     def _load_record(self, name: MachineName) -> _Record | None:
         path = self._layout.live(name) / "vm.json"

@@ -1,7 +1,8 @@
 """Start one VM: gather what QEMU inherits, start the keeper, the folder servers and QEMU itself. Called by `engine`.
 
 QEMU gets every file and socket as an open descriptor and needs no path of the host's. For root it runs as an id that
-owns nothing. All that is started here outlives the berth command.
+owns nothing. All that is started here outlives the berth command. `changes` starts a QEMU of its own
+with the public parts.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import os
 import socket
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 
 from berth import host, userns
@@ -60,25 +61,26 @@ def launch(machine: Machine, kernel: Kernel, accelerator: Accelerator, layout: L
         for server in servers:
             kept.callback(server.socket.close)
             undo.callback(server.process.kill, 1.0)
-        owner = _owner()
+        owner = qemu_owner()
         clean = disks.was_clean(machine.bundle)
         disk = kept.enter_context(disks.opened_disk(machine.bundle, owner=owner))
-        initrd = kept.enter_context(_initrd(machine, kernel, layout, servers, wire, check=not clean))
+        document = _document(machine, kernel, servers, wire, check=not clean)
+        initrd = kept.enter_context(initial_ramfs(kernel, layout, document, check=not clean))
         vm = Vm(
             id=machine.config.id[:12],
-            arch=_arch(kernel),
+            arch=arch_of(kernel),
             host_arch=host.architecture(),
             accel=accelerator.kind,
             cpus=_known(machine.boot.cpus),
             memory=_known(machine.boot.memory),
             virtualization=machine.boot.virtualization,
-            kernel_fd=kept.enter_context(_opened(kernel.vmlinux or kernel.image)),
+            kernel_fd=kept.enter_context(opened(kernel.vmlinux or kernel.image)),
             kernel_is_pvh=kernel.vmlinux is not None,
-            has_qboot=any(os.path.exists(f"{folder}/qboot.rom") for folder in _FIRMWARE),
+            has_qboot=has_qboot(),
             initrd_fd=initrd,
             cmdline=kernel_command_line(kernel.arch, accelerator.kind),
             disk=Disk(disk.disk, disk.template),
-            modules_fd=None if kernel.modules_disk is None else kept.enter_context(_opened(kernel.modules_disk)),
+            modules_fd=None if kernel.modules_disk is None else kept.enter_context(opened(kernel.modules_disk)),
             shares=tuple(Share(server.spec.tag, server.socket.fileno()) for server in servers),
             nic=wire.nic,
             channel_fd=sockets["channel"].fileno(),
@@ -113,7 +115,7 @@ def start_keeper(machine: Machine, layout: Layout, agent_socket: socket.socket, 
     keeper.returncode = 0  # it outlives us; not ours to wait for
 
 
-def _owner() -> int | None:
+def qemu_owner() -> int | None:
     """Return the id that root's QEMU runs as: one that belongs to nobody. None for an ordinary user's, who it is."""
     return userns.ROOT_BASE if os.geteuid() == 0 else None
 
@@ -121,7 +123,7 @@ def _owner() -> int | None:
 def _start_qemu(vm: Vm, live: Path, owner: int | None, accelerator: Accelerator) -> Process:
     argv = list(qemu_command(vm))
     if owner is not None:
-        argv = [*_as_nobody(owner, accelerator), *argv]
+        argv = [*as_nobody(owner, accelerator), *argv]
     log = os.open(live / "qemu.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         with open(log, "wb", closefd=False) as said:
@@ -135,7 +137,8 @@ def _start_qemu(vm: Vm, live: Path, owner: int | None, accelerator: Accelerator)
     return process
 
 
-def _as_nobody(owner: int, accelerator: Accelerator) -> list[str]:
+def as_nobody(owner: int, accelerator: Accelerator) -> list[str]:
+    """Say how to start root's QEMU, whose argv follows, without any rights."""
     groups = [str(os.stat("/dev/kvm").st_gid)] if accelerator.kind == "kvm" else []
     return [
         "setpriv", f"--reuid={owner}", f"--regid={owner}",
@@ -149,7 +152,11 @@ def _known(value: int | None) -> int:
     return value
 
 
-def _arch(kernel: Kernel) -> Arch:
+def has_qboot() -> bool:
+    return any(os.path.exists(f"{folder}/qboot.rom") for folder in _FIRMWARE)
+
+
+def arch_of(kernel: Kernel) -> Arch:
     return "arm64" if kernel.arch == "arm64" else "amd64"
 
 
@@ -172,26 +179,24 @@ def _document(
 
 
 @contextlib.contextmanager
-def _initrd(
-    machine: Machine, kernel: Kernel, layout: Layout, servers: Sequence[shares.Server], wire: Wire, *, check: bool
-) -> Generator[int]:
+def initial_ramfs(kernel: Kernel, layout: Layout, document: Mapping[str, object], *, check: bool) -> Generator[int]:
     """Put the initial RAM file system together in a file without a name: the stored one and what is this boot's."""
     agent = find_agent(layout, kernel.arch)
     fd = os.memfd_create("initrd", os.MFD_CLOEXEC)
     try:
-        with _opened(make_initramfs(layout, kernel, agent)) as stored:
+        with opened(make_initramfs(layout, kernel, agent)) as stored:
             while os.sendfile(fd, stored, None, 1 << 24):  # from where each stands to the end
                 pass
         if check and kernel.e2fsck is not None:
             os.write(fd, check_cpio(kernel.e2fsck))
-        os.write(fd, document_cpio(_document(machine, kernel, servers, wire, check=check)))
+        os.write(fd, document_cpio(document))
         yield fd
     finally:
         os.close(fd)
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Generator[int]:
+def opened(path: Path) -> Generator[int]:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         yield fd

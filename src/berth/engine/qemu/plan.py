@@ -1,5 +1,7 @@
 """How QEMU is started for one VM: `qemu_command` makes its argv, `kernel_command_line` the guest kernel's.
 
+`reader_command` is for the VM of our own that reads what a machine has changed on its disk (`changes`).
+
 Pure: nothing is started or looked at here; `launch` gathers the descriptors and calls it. QEMU is given no path of the
 host's but its own firmware's. docs/devices.md has the device list with the measurements behind the choices.
 
@@ -26,6 +28,8 @@ _RNG, _BALLOON, _SERIAL, _ROOT, _MODULES, _NIC = "01.0", "02.0", "03.0", "04.0",
 _FIRST_SHARE = 0x08
 _LAST_SHARE = 0x1E  # 1f is q35's own
 _FUNCTIONS = 8  # of one PCI slot
+# For files of the reader's: they need not reach the host's disk.
+_THROWN_AWAY = "cache.direct=off,cache.no-flush=on"
 MAX_SHARES = (_LAST_SHARE - _FIRST_SHARE + 1) * _FUNCTIONS
 
 
@@ -66,13 +70,12 @@ class Nic:
     user: UserNetwork | None = None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Vm:
-    """All that decides how QEMU is started. Descriptors are those that QEMU inherits.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """What every VM has. Descriptors are those that QEMU inherits.
 
-    id: 12 hex digits of the machine's. memory: bytes. kernel_is_pvh: the kernel is an uncompressed ELF file with a PVH
-    entry point (amd64). has_qboot: QEMU has qboot.rom (it is a package of its own in places). channel_fd, console_fd,
-    serial_fd, monitor_fd, keeper_monitor_fd: listening unix sockets.
+    id: 12 hex digits. memory: bytes. kernel_is_pvh: the kernel is an uncompressed ELF file with a PVH entry point
+    (amd64). has_qboot: QEMU has qboot.rom (it is a package of its own in places).
     """
 
     id: str
@@ -85,6 +88,35 @@ class Vm:
     initrd_fd: int
     cmdline: str
     disk: Disk
+    kernel_is_pvh: bool = False
+    has_qboot: bool = True
+    virtualization: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Reader(Hardware):
+    """A VM that reads the changes on a copy of a machine's disk. template_fd: the template's once more, read-only.
+
+    output_fd: an empty file of the size that the layer may have, read-write.
+    """
+
+    template_fd: int
+    output_fd: int
+
+    @property
+    def inherited_fds(self) -> tuple[int, ...]:
+        """List every descriptor that QEMU must inherit."""
+        disks = (self.disk.fd, self.disk.backing_fd, self.template_fd, self.output_fd)
+        return (self.kernel_fd, self.initrd_fd, *disks)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Vm(Hardware):
+    """All that decides how QEMU is started for a machine.
+
+    id: of the machine's. channel_fd, console_fd, serial_fd, monitor_fd, keeper_monitor_fd: listening unix sockets.
+    """
+
     channel_fd: int
     console_fd: int
     serial_fd: int
@@ -93,9 +125,6 @@ class Vm:
     modules_fd: int | None = None
     shares: tuple[Share, ...] = ()
     nic: Nic | None = None
-    kernel_is_pvh: bool = False
-    has_qboot: bool = True
-    virtualization: bool = False
 
     @property
     def inherited_fds(self) -> tuple[int, ...]:
@@ -146,17 +175,7 @@ def qemu_command(vm: Vm) -> tuple[str, ...]:
     """Say how to start QEMU for `vm`, which inherits `vm.inherited_fds`. Same VM, same argv."""
     assert len(vm.shares) <= MAX_SHARES
     return (
-        qemu_program(vm.arch),
-        "-name", f"berth-{vm.id},debug-threads=on",
-        # Nothing but what stands here: no default devices, no configuration of the host's.
-        "-nodefaults",
-        "-no-user-config",
-        "-display", "none",
-        # After its start QEMU neither runs programs nor gains rights (seccomp).
-        "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-        *_board(vm),
-        # A reboot, a panic (panic=-1) and a power-off all end QEMU.
-        "-no-reboot",
+        *_base(vm, f"berth-{vm.id}"),
         # The host's time in UTC, going on while the VM is paused.
         "-rtc", "base=utc,clock=host",
         *_boot(vm),
@@ -169,7 +188,50 @@ def qemu_command(vm: Vm) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _board(vm: Vm) -> tuple[str, ...]:
+def reader_command(vm: Reader) -> tuple[str, ...]:
+    """Say how to start QEMU for a reader, which inherits `vm.inherited_fds`: three disks, and a console on stdout."""
+    return (
+        *_base(vm, f"berth-reader-{vm.id}"),
+        *_boot(vm),
+        "-chardev", "stdio,id=serial,signal=off",
+        "-serial", "chardev:serial",
+        *_file("template-file", vm.disk.backing_fd, 1, "read-only=on"),
+        "-blockdev", "driver=raw,node-name=template,file=template-file,read-only=on",
+        *_file("root-file", vm.disk.fd, 2, _THROWN_AWAY),
+        "-blockdev", f"driver=qcow2,node-name=root,file=root-file,backing=template,{_THROWN_AWAY}",
+        *_reader_disk("root", _ROOT),
+        *_file("base-file", vm.template_fd, 3, "read-only=on"),
+        "-blockdev", "driver=raw,node-name=base,file=base-file,read-only=on",
+        *_reader_disk("base", _MODULES),
+        *_file("output-file", vm.output_fd, 4, _THROWN_AWAY),
+        "-blockdev", f"driver=raw,node-name=output,file=output-file,{_THROWN_AWAY}",
+        *_reader_disk("output", _NIC),
+    )  # fmt: skip
+
+
+def _reader_disk(name: str, place: str) -> tuple[str, ...]:
+    errors = ("werror=report", "rerror=report")  # it ends with what it could not do; nobody would resume it
+    device = _pci("virtio-blk-pci", f"{name}0", place, f"drive={name}", f"serial={name}", "num-queues=1", *errors)
+    return ("-device", device)
+
+
+def _base(vm: Hardware, name: str) -> tuple[str, ...]:
+    return (
+        qemu_program(vm.arch),
+        "-name", f"{name},debug-threads=on",
+        # Nothing but what stands here: no default devices, no configuration of the host's.
+        "-nodefaults",
+        "-no-user-config",
+        "-display", "none",
+        # After its start QEMU neither runs programs nor gains rights (seccomp).
+        "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        *_board(vm),
+        # A reboot, a panic (panic=-1) and a power-off all end QEMU.
+        "-no-reboot",
+    )  # fmt: skip
+
+
+def _board(vm: Hardware) -> tuple[str, ...]:
     size = vm.memory // MIB
     return (
         "-machine", _machine(vm),
@@ -182,7 +244,7 @@ def _board(vm: Vm) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _machine(vm: Vm) -> str:
+def _machine(vm: Hardware) -> str:
     # The guest's memory goes into no core dump, and is not merged with other guests' (who could tell by the timing).
     common = "memory-backend=memory,dump-guest-core=off,mem-merge=off"
     if vm.arch == "arm64":
@@ -192,7 +254,7 @@ def _machine(vm: Vm) -> str:
     return f"q35,{common},sata=off,smbus=off,usb=off,vmport=off,i8042=off,hpet=off"
 
 
-def _accelerator(vm: Vm) -> str:
+def _accelerator(vm: Hardware) -> str:
     if vm.accel == "kvm":
         return "kvm"
     # One thread per vCPU, but for a guest that relies on stronger memory ordering than the host has: x86 on ARM.
@@ -200,7 +262,7 @@ def _accelerator(vm: Vm) -> str:
     return f"tcg,thread={'single' if is_weaker else 'multi'},tb-size={_TCG_CACHE_MIB}"
 
 
-def _processor(vm: Vm) -> str:
+def _processor(vm: Hardware) -> str:
     model = "host" if vm.accel == "kvm" else "max"
     if vm.arch == "arm64":
         # Emulated pointer authentication takes more than half of the boot's time, and guards against nothing here.
@@ -212,7 +274,7 @@ def _processor(vm: Vm) -> str:
     return model + slow + nested
 
 
-def _boot(vm: Vm) -> tuple[str, ...]:
+def _boot(vm: Hardware) -> tuple[str, ...]:
     # qboot only starts the kernel: 0.1 s faster than SeaBIOS, which is the fallback.
     firmware = ("-bios", "qboot.rom") if vm.arch == "amd64" and vm.kernel_is_pvh and vm.has_qboot else ()
     return (
