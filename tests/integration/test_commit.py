@@ -72,7 +72,8 @@ def committed(person: Person, changed: str) -> str:
 def layer(person: Person, image: str) -> Path:
     """Return where the store has what the machine has changed."""
     shown = json.loads(person.berth("image", "inspect", image))
-    return person.layout.images / "blobs/sha256" / shown["config"]["rootfs"]["diff_ids"][-1].removeprefix("sha256:")
+    digest = str(shown["config"]["rootfs"]["diff_ids"][-1])
+    return person.layout.images / "blobs/sha256" / digest.removeprefix("sha256:")
 
 
 def names(archive: Path) -> list[str]:
