@@ -130,19 +130,17 @@ def test_whoever_is_killed_a_frozen_machine_goes_on(person: Person, changed: str
 
 @pytest.mark.vm
 def test_a_killed_commit_leaves_nothing(person: Person, changed: str) -> None:
-    def readers() -> list[str]:
-        found = [path for path in Path("/proc").glob("[0-9]*/cmdline") if b"berth-reader-" in _text(path)]
-        return [path.parent.name for path in found if Path(path.parent / "status").exists()]
-
-    others = readers()
     with person.popen("commit", changed, "local/never:1") as commit:
-        _wait(lambda: len(readers()) > len(others), "no reader starts")
-        # The person's command may stand behind another program.
-        for pid in _children(commit.pid):
+
+        def readers() -> set[int]:
+            return {pid for pid in _children(commit.pid) if b"berth-reader-" in _text(Path(f"/proc/{pid}/cmdline"))}
+
+        _wait(lambda: bool(readers()), "no reader starts")
+        doomed = readers()
+        for pid in {commit.pid, *_children(commit.pid)} - doomed:  # berth, and what the person's command stands behind
             os.kill(pid, signal.SIGKILL)
-        commit.kill()
         commit.communicate()
-    _wait(lambda: set(readers()) <= set(others), "the reader works on")
+    _wait(lambda: all(proc.start_time(pid) is None for pid in doomed), "the reader works on")
     assert "local/never" not in person.berth("image", "ls")
     assert person.run(changed, "echo", "alive") == "alive\n"
 

@@ -95,6 +95,16 @@ def test_the_same_tree_gives_the_same_bytes(upper: Path) -> None:
     assert names(layer(upper)[0]) == ["a", "a/f", "b", "b/f", "c", "c/f"]
 
 
+def test_an_attribute_that_no_archive_can_name_is_left_out(upper: Path) -> None:
+    """A PAX record ends its key at the first equals sign: it would come back as another attribute."""
+    (upper / "f").write_text("x")
+    os.setxattr(upper / "f", "user.a=b", b"1")
+    os.setxattr(upper / "f", "user.c", b"=2")
+    with tarfile.open(fileobj=io.BytesIO(layer(upper)[0])) as archive:
+        records = archive.getmember("f").pax_headers
+    assert {key: value for key, value in records.items() if "xattr" in key} == {"SCHILY.xattr.user.c": "=2"}
+
+
 def test_an_open_directory_does_as_well_as_its_path(upper: Path) -> None:
     (upper / "f").write_text("x")
     fd = os.open(upper, os.O_PATH | os.O_DIRECTORY)

@@ -374,7 +374,8 @@ class _Layer:
     def _xattrs(self, fd: int) -> dict[bytes, bytes]:
         found: dict[bytes, bytes] = {}
         for key in _list_xattrs(fd):
-            if key.startswith(_MARKS) or not (key.startswith("user.") or key in (_CAPABILITY, *_ACLS)):
+            # A PAX record ends its key at the first equals sign: such an attribute would come back as another.
+            if key.startswith(_MARKS) or "=" in key or not (key.startswith("user.") or key in (_CAPABILITY, *_ACLS)):
                 continue
             value = os.getxattr(fd, key)
             if key == _CAPABILITY:
