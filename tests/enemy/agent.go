@@ -1,0 +1,152 @@
+package main
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// beAgent takes the agent's place: it holds the agent's listening socket (of a container) or opens its serial port (of a
+// VM), ends the agent, and from then on answers everybody in the manner a[0]. It never returns.
+func beAgent(a []string) error {
+	behave := manners[a[0]]
+	if behave == nil {
+		return errors.New("no such manner")
+	}
+	if port := findPort(); port != "" {
+		return bePort(port, behave)
+	}
+	pid, listener, err := stealListener()
+	if err != nil {
+		return err
+	}
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		return err
+	}
+	fmt.Println("ready")
+	for {
+		fd, _, err := syscall.Accept4(listener, syscall.SOCK_CLOEXEC)
+		if err != nil {
+			continue
+		}
+		go behave(os.NewFile(uintptr(fd), "client"))
+	}
+}
+
+// stealListener takes descriptor 3 from the process `berth-agent serve`. Source: pidfd_getfd(2).
+func stealListener() (pid, listener int, err error) {
+	entries, _ := os.ReadDir("/proc")
+	for _, entry := range entries {
+		line, _ := os.ReadFile("/proc/" + entry.Name() + "/cmdline")
+		if id, err := strconv.Atoi(entry.Name()); err == nil && strings.HasSuffix(string(line), "agent\x00serve\x00") {
+			pid = id
+		}
+	}
+	pidfd, err := call(sysPidfdOpen, uintptr(pid), 0)
+	if err != nil {
+		return 0, 0, fmt.Errorf("no agent found (%d): %w", pid, err)
+	}
+	fd, err := call(sysPidfdGetfd, pidfd, 3, 0)
+	return pid, int(fd), err
+}
+
+func findPort() string {
+	names, _ := filepath.Glob("/sys/class/virtio-ports/*/name")
+	for _, name := range names {
+		if text, _ := os.ReadFile(name); strings.TrimSpace(string(text)) == "berth.agent" {
+			return "/dev/" + filepath.Base(filepath.Dir(name))
+		}
+	}
+	return ""
+}
+
+// bePort keeps the port from every agent that the guard starts, by ending them until it has it.
+func bePort(path string, behave func(*os.File)) error {
+	for _, role := range []string{"guard", "serve"} {
+		entries, _ := os.ReadDir("/proc")
+		for _, entry := range entries {
+			line, _ := os.ReadFile("/proc/" + entry.Name() + "/cmdline")
+			if id, err := strconv.Atoi(entry.Name()); err == nil && strings.HasSuffix(string(line), "agent\x00"+role+"\x00") {
+				_ = syscall.Kill(id, syscall.SIGKILL)
+			}
+		}
+	}
+	for {
+		file, err := os.OpenFile(path, os.O_RDWR, 0)
+		if err == nil {
+			behave(file)
+			file.Close()
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+const garbage = "\x1b]0;owned\x07\x1b[2J\r\n\x00\xff\xfe{{{[[[\"type\":"
+
+var manners = map[string]func(client *os.File){
+	// Takes every connection and never says a word.
+	"silence": func(client *os.File) { _, _ = io.Copy(io.Discard, client) },
+	// Hangs up at once.
+	"hangup": func(client *os.File) { client.Close() },
+	// Says what is no frame.
+	"garbage": func(client *os.File) {
+		_, _ = client.WriteString(strings.Repeat(garbage, 100))
+		client.Close()
+	},
+	// Announces a frame of 4 GiB and fills it.
+	"huge": func(client *os.File) {
+		_, _ = client.Write([]byte{0xff, 0xff, 0xff, 0xff, 0, 0, 0, 1, 2})
+		flood(client, make([]byte, 1<<16))
+	},
+	// Says the longest message that is allowed, with what would move a terminal's cursor in it, for ever.
+	"escapes": func(client *os.File) {
+		hello(client)
+		flood(client, frame(0, 0, `{"type":"fatal","code":"\u001b]0;owned\u0007","message":"`+strings.Repeat(`\u001b[2J\r\nberth: fine`, 1000)+`"}`))
+	},
+	// Starts the command and writes more than there is credit for.
+	"output": func(client *os.File) {
+		hello(client)
+		_, _ = client.Write(frame(1, 0, `{"type":"started","pid":1}`))
+		flood(client, frame(1, 2, strings.Repeat("x", 1<<18)))
+	},
+	// Opens streams, tells ports and results that nobody asked for.
+	"unasked": func(client *os.File) {
+		hello(client)
+		var id uint32
+		for {
+			id += 2
+			one := frame(id, 0, `{"type":"open","service":"ssh-agent"}`)
+			one = append(one, frame(1, 0, `{"type":"listening","ports":[22,22,65536,-1]}`)...)
+			if _, err := client.Write(one); err != nil {
+				client.Close()
+				return
+			}
+		}
+	},
+}
+
+func hello(client *os.File) {
+	_, _ = client.Write(frame(0, 0, `{"type":"hello","protocol":1,"version":"\u001b[31m","init":"running"}`))
+}
+
+func frame(stream uint32, kind byte, payload string) []byte {
+	out := binary.BigEndian.AppendUint32(nil, uint32(len(payload)))
+	out = binary.BigEndian.AppendUint32(out, stream)
+	return append(append(out, kind), payload...)
+}
+
+func flood(client *os.File, data []byte) {
+	for {
+		if _, err := client.Write(data); err != nil {
+			client.Close()
+			return
+		}
+	}
+}
