@@ -69,7 +69,8 @@ def runtime_spec(
             "consoleSize": {"height": 25, "width": 80},
             "user": {"uid": 0, "gid": 0},
             "args": ["/run/berth/agent", "boot"],
-            "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "TERM=linux"],
+            # Without a HOME crun looks into the machine's /etc/passwd, which may be a FIFO, and waits.
+            "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "TERM=linux", "HOME=/root"],
             "cwd": "/",
             "noNewPrivileges": False,
             "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), capabilities),
