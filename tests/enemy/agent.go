@@ -1,27 +1,35 @@
 package main
 
 import (
+	"bufio"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
 
 // beAgent takes the agent's place: it holds the agent's listening socket (of a container) or opens its serial port (of a
-// VM), ends the agent, and from then on answers everybody in the manner a[0]. It never returns.
+// VM), ends the agent, and from then on answers everybody in the manner that the file a[0] names by then. It never
+// returns; the file a[0].ready is made when it is in the agent's place.
 func beAgent(a []string) error {
-	behave := manners[a[0]]
-	if behave == nil {
-		return errors.New("no such manner")
+	behave := func(client *os.File) {
+		order, _ := os.ReadFile(a[0])
+		if manner := manners[strings.TrimSpace(string(order))]; manner != nil {
+			manner(client)
+			return
+		}
+		client.Close()
 	}
+	ready := a[0] + ".ready"
 	if port := findPort(); port != "" {
-		return bePort(port, behave)
+		return bePort(port, behave, ready)
 	}
 	pid, listener, err := stealListener()
 	if err != nil {
@@ -30,7 +38,9 @@ func beAgent(a []string) error {
 	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 		return err
 	}
-	fmt.Println("ready")
+	if err := os.WriteFile(ready, nil, 0o644); err != nil {
+		return err
+	}
 	for {
 		fd, _, err := syscall.Accept4(listener, syscall.SOCK_CLOEXEC)
 		if err != nil {
@@ -68,7 +78,7 @@ func findPort() string {
 }
 
 // bePort keeps the port from every agent that the guard starts, by ending them until it has it.
-func bePort(path string, behave func(*os.File)) error {
+func bePort(path string, behave func(*os.File), ready string) error {
 	for _, role := range []string{"guard", "serve"} {
 		entries, _ := os.ReadDir("/proc")
 		for _, entry := range entries {
@@ -81,10 +91,31 @@ func bePort(path string, behave func(*os.File)) error {
 	for {
 		file, err := os.OpenFile(path, os.O_RDWR, 0)
 		if err == nil {
+			_ = os.WriteFile(ready, nil, 0o644)
+			synchronise(file)
 			behave(file)
 			file.Close()
 		}
 		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// synchronise answers the keeper's line, so that what follows is taken for frames. Source: docs/protocol.md.
+func synchronise(port *os.File) {
+	reader := bufio.NewReader(port)
+	for {
+		line, err := reader.ReadString('\n')
+		if err == io.EOF { // no keeper is there
+			time.Sleep(20 * time.Millisecond)
+			continue
+		}
+		if err != nil {
+			return
+		}
+		if strings.HasPrefix(line, "berth-channel 1 ") {
+			_, _ = port.WriteString("\n" + line)
+			return
+		}
 	}
 }
 
@@ -110,11 +141,24 @@ var manners = map[string]func(client *os.File){
 		hello(client)
 		flood(client, frame(0, 0, `{"type":"fatal","code":"\u001b]0;owned\u0007","message":"`+strings.Repeat(`\u001b[2J\r\nberth: fine`, 1000)+`"}`))
 	},
-	// Starts the command and writes more than there is credit for.
-	"output": func(client *os.File) {
+	// Greets, and then sends frames at random, right and wrong ones; each client gets others.
+	"noise": func(client *os.File) {
 		hello(client)
-		_, _ = client.Write(frame(1, 0, `{"type":"started","pid":1}`))
-		flood(client, frame(1, 2, strings.Repeat("x", 1<<18)))
+		random := rand.New(rand.NewPCG(7, uint64(clients.Add(1))))
+		for range 10_000 {
+			data := make([]byte, random.IntN(300))
+			for i := range data {
+				data[i] = byte(random.Uint32())
+			}
+			one := frame(random.Uint32N(4), byte(random.IntN(5)), string(data))
+			if random.IntN(4) == 0 {
+				one = frame(1, 0, messages[random.IntN(len(messages))])
+			}
+			if _, err := client.Write(one); err != nil {
+				break
+			}
+		}
+		client.Close()
 	},
 	// Opens streams, tells ports and results that nobody asked for.
 	"unasked": func(client *os.File) {
@@ -130,6 +174,15 @@ var manners = map[string]func(client *os.File){
 			}
 		}
 	},
+}
+
+var clients atomic.Uint32
+
+var messages = []string{
+	`{"type":"started","pid":4}`, `{"type":"exit","code":1}`, `{"type":"exit","signal":"\u001b[31m"}`, `{"type":"closed"}`,
+	`{"type":"result","init":"running"}`, `{"type":"error","code":"\u001b[31m","message":"\r\n\u009b31m"}`,
+	`{"type":"fatal","code":"x","message":"y"}`, `{"type":"open","service":"ssh-agent"}`, `{"type":"listening","ports":[1]}`,
+	strings.Repeat(`[`, 60000), `{"type":"exit","code":99999999999999999999}`, `{"type":"started","pid":-1}`,
 }
 
 func hello(client *os.File) {

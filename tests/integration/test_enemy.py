@@ -7,6 +7,7 @@ of attacks, defences and tests.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,6 +16,9 @@ import shutil
 import socket
 import stat
 import subprocess
+import tarfile
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
@@ -441,3 +445,217 @@ def test_an_agent_started_again_brings_nothing_of_the_hosts(
     assert den.attack("foreign-fds") == "nothing foreign"
     den.sh("unshare -m sleep 600 >/dev/null 2>&1 & sleep 0.3")
     assert den.attack("foreign-fds") == "", "what is foreign is found"
+
+
+# An agent that is none ------------------------------------------------------------------------------------------------
+
+_MANNERS = ("hangup", "garbage", "huge", "escapes", "unasked", "noise")
+_MOST = 96  # MiB that the command line may take; it takes about 40
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hostage:
+    """A machine whose agent can be replaced. orders: the folder of the host's in which the false agent finds them."""
+
+    person: Person
+    name: str
+    orders: Path
+
+    def start(self) -> None:
+        """Start it afresh, and put the false agent in the place of the true one."""
+        self.person.berth("stop", "--force", self.name)
+        self.order("hangup")
+        (self.orders / "manner.ready").unlink(missing_ok=True)
+        self.person.berth("start", self.name)
+        words = ("-n", self.name, "--root", "-d", "--", "/root/enemy", "be-agent", "/srv/orders/manner")
+        self.person.try_berth("run", *words)
+        deadline = time.monotonic() + 30
+        while not (self.orders / "manner.ready").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def order(self, manner: str) -> None:
+        (self.orders / "manner").write_text(manner)
+
+
+def peak(person: Person, *words: str, timeout_s: float = 60.0) -> tuple[int, bytes, bytes, int]:
+    """Run berth; return its status, both outputs and the most memory that it had, in MiB."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = person.popen(*words, stdout=out, stderr=err)
+        timer = threading.Timer(timeout_s, process.kill)
+        timer.start()
+        _, status, usage = os.wait4(process.pid, 0)
+        timer.cancel()
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        return process.returncode, out.read(1 << 20), err.read(1 << 20), usage.ru_maxrss // 1024
+
+
+def assert_one_error(stderr: bytes) -> None:
+    """One message, perhaps with a hint, and nothing in it that a terminal would obey."""
+    lines = stderr.decode().splitlines()
+    assert lines[0].startswith("berth: ")
+    assert len(lines) == 1 or (len(lines) == 2 and lines[1].startswith("hint: "))
+    assert not [letter for line in lines for letter in line if not letter.isprintable()], lines
+
+
+@pytest.fixture
+def hostage(person: Person, machine: Callable[..., str], weapon: Path, scratch: Path) -> Hostage:
+    orders = scratch / "orders"
+    orders.mkdir()
+    orders.chmod(0o777)
+    name = machine("--home-mount", "none", "--mount", f"{orders}:/srv/orders")
+    arm(person, name, weapon)
+    made = Hostage(person, name, orders)
+    made.start()
+    return made
+
+
+@pytest.mark.container("a VM's keeper is between; the next test is about it")
+def test_a_false_agent_costs_the_command_line_one_error(hostage: Hostage) -> None:
+    person, name = hostage.person, hostage.name
+    keeper = person.pids(name)["keeper"]
+    for manner in _MANNERS:
+        hostage.order(manner)
+        for _ in range(5 if manner == "noise" else 1):
+            status, stdout, stderr, memory = peak(person, "run", "-n", name, "--", "true")
+            assert memory < _MOST, manner
+            if manner == "noise" and not stderr:
+                continue  # by chance it was an answer
+            assert status == 125, (manner, stderr)
+            assert_one_error(stderr)
+            assert manner == "noise" or stdout == b""
+        status, stdout, stderr, memory = peak(person, "wait", name, "--for", "init", "--timeout", "2")
+        assert memory < _MOST, manner
+        if manner != "noise":
+            assert (status, stdout) == (1, b""), manner
+            assert_one_error(stderr)
+        assert person.pids(name)["keeper"] == keeper, f"it does not outlive {manner}"
+    # What has a time-out keeps to it; `run` waits a minute for a greeting (tests/unit/test_session.py).
+    hostage.order("silence")
+    status, stdout, stderr, _ = peak(person, "wait", name, "--for", "init", "--timeout", "0.5")
+    assert (status, stdout) == (1, b"")
+    assert_one_error(stderr)
+    assert resident(keeper) < 64
+    person.berth("stop", name, "-t", "0.5")
+    assert person.inspect(name)["status"] == "stopped"
+
+
+@pytest.mark.vm("the keeper of a container lives through it in the test before")
+def test_a_false_agent_of_a_vm_does_not_end_its_keeper(hostage: Hostage) -> None:
+    person, name = hostage.person, hostage.name
+    keeper = person.pids(name)["keeper"]
+    for manner in ("unasked", "huge", "noise"):
+        hostage.order(manner)
+        status, stdout, stderr, memory = peak(person, "wait", name, "--for", "init", "--timeout", "1")
+        assert (status, stdout) == (1, b""), manner
+        assert_one_error(stderr)
+        assert memory < _MOST
+        assert person.pids(name)["keeper"] == keeper, f"it does not outlive {manner}"
+        assert resident(keeper) < 64
+    person.berth("stop", name, "-t", "0.5")
+    assert person.inspect(name)["status"] == "stopped"
+
+
+def resident(pid: int) -> int:
+    """Return how much memory a process has, in MiB."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE") >> 20
+
+
+# Files of the guest that somebody reads ------------------------------------------------------------------------------
+
+
+def test_odd_files_of_the_guest_hang_nobody(person: Person, machine: Callable[..., str], weapon: Path) -> None:
+    name = machine("--home-mount", "none")
+    arm(person, name, weapon)
+
+    def as_zero(script: str) -> str:
+        return person.berth("run", "-n", name, "-u", "0", "--", "sh", "-c", script)
+
+    as_zero("cp -a /etc /root/etc")
+    user = person.name if not person.is_root else "root"
+    assert person.run(name, "id", "-un").strip() == user
+    odd = "for f in passwd group; do /root/enemy replace-node /etc/$f KIND /dev/zero; done"
+    for kind in ("fifo", "directory", "huge", "socket", "link"):
+        as_zero(odd.replace("KIND", kind))
+        done = person.try_berth("run", "-n", name, "--", "true")
+        assert done.status == 125, kind
+        assert f"user '{user}' not found" in done.stderr.decode() or person.is_root
+        assert_one_error(done.stderr)
+    names = "passwd group shadow gshadow hosts resolv.conf hostname environment"
+    as_zero(
+        f"for f in {names}; do /root/enemy replace-node /etc/$f fifo; done; rm -r /var/lib/berth; mkfifo /var/lib/berth"
+    )
+    person.berth("restart", name, "-t", "2")  # it boots, whatever stands there
+    assert as_zero("echo alive") == "alive\n"
+    as_zero(
+        "rm -rf /var/lib/berth; for f in passwd group shadow hosts; do rm -f /etc/$f; cp -a /root/etc/$f /etc/$f; done"
+    )
+    person.berth("restart", name, "-t", "2")
+    assert person.run(name, "id", "-un").strip() == user
+
+
+@pytest.mark.container("test_vm.py floods a VM's")
+def test_a_flood_on_the_console_fills_no_disk(person: Person, den: Den) -> None:
+    den.sh(r"yes \"$(printf '\\033]0;owned\\007')\" | head -c 20000000 > /dev/console")
+    logs = person.layout.bundle(den.name) / "logs"  # type: ignore[arg-type]
+    assert 8 << 20 < sum(path.stat().st_size for path in logs.iterdir()) <= 17 << 20
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in logs.iterdir())
+
+
+@pytest.mark.container("a VM's disk is not read on the host")
+def test_commit_follows_no_link(person: Person, machine: Callable[..., str], weapon: Path, scratch: Path) -> None:
+    name = machine("--home-mount", "none")
+    outside = scratch / "outside"
+    outside.mkdir()
+    (outside / "secret").write_text("secret")
+    person.berth(
+        "run", "-n", name, "--root", "--", "sh", "-c",
+        f"ln -s {outside}/secret /srv/link; rm -rf /opt; ln -s {outside} /opt; mkfifo /srv/fifo; nc -lU /srv/socket &"
+        f"ln -s / /srv/root; sleep 0.3; ls /srv",
+    )  # fmt: skip
+    arm(person, name, weapon)
+    person.berth("stop", name)
+    person.berth("commit", name, "local/enemy:links")
+    seen = next(layer for layer in _layers(person.layout.images) if "srv/link" in layer)
+    assert seen["srv/link"].linkname == f"{outside}/secret"
+    assert seen["opt"].linkname == str(outside)
+    assert not [path for path in seen if path.startswith(("srv/root/", "srv/link/", "opt/secret"))]
+    person.berth("image", "rm", "local/enemy:links")
+
+
+def _layers(store: Path) -> list[dict[str, tarfile.TarInfo]]:
+    """List what is in the layers of an image store."""
+    found: list[dict[str, tarfile.TarInfo]] = []
+    for blob in store.glob("blobs/sha256/*"):
+        with contextlib.suppress(tarfile.TarError), tarfile.open(blob) as layer:
+            found.append({member.name.removeprefix("./"): member for member in layer})
+    return found
+
+
+# What we write --------------------------------------------------------------------------------------------------------
+
+
+def test_all_that_berth_writes_is_its_users_own(person: Person, den: Den) -> None:
+    """Nobody else enters the roots; in the runtime directory nothing has more rights than its owner's."""
+    person.run(den.name, "true")
+    layout = person.layout
+    for root in (layout.data, layout.runtime, layout.config, layout.cache):
+        if root.exists():
+            status = root.stat()
+            assert (stat.S_IMODE(status.st_mode), status.st_uid) == (0o700, person.uid), root
+    sockets = 0
+    for folder, _, names in os.walk(layout.runtime):
+        for path in (Path(folder), *(Path(folder, name) for name in names)):
+            status = path.lstat()
+            sockets += stat.S_ISSOCK(status.st_mode)
+            assert not stat.S_ISSOCK(status.st_mode) or stat.S_IMODE(status.st_mode) == 0o600, path
+            assert stat.S_ISLNK(status.st_mode) or not status.st_mode & 0o002, path
+    assert sockets
+    bundle = layout.bundle(den.name)  # type: ignore[arg-type]
+    for path in (bundle, bundle / "logs"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700, path
+    for path in (*bundle.glob("*.json"), *bundle.glob("logs/*")):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
