@@ -1,23 +1,20 @@
 package main
 
 import (
-	"bufio"
 	"encoding/binary"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
-	"time"
 )
 
-// beAgent takes the agent's place: it holds the agent's listening socket (of a container) or opens its serial port (of a
-// VM), ends the agent, and from then on answers everybody in the manner that the file a[0] names by then. It never
-// returns; the file a[0].ready is made when it is in the agent's place.
+// beAgent takes the place of a container's agent: it takes the agent's listening socket, ends the agent, and from then on
+// answers everybody in the manner that the file a[0] names by then. It never returns; the file a[0].ready is made when it
+// is in the agent's place.
 func beAgent(a []string) error {
 	behave := func(client *os.File) {
 		order, _ := os.ReadFile(a[0])
@@ -27,10 +24,6 @@ func beAgent(a []string) error {
 		}
 		client.Close()
 	}
-	ready := a[0] + ".ready"
-	if port := findPort(); port != "" {
-		return bePort(port, behave, ready)
-	}
 	pid, listener, err := stealListener()
 	if err != nil {
 		return err
@@ -38,7 +31,7 @@ func beAgent(a []string) error {
 	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 		return err
 	}
-	if err := os.WriteFile(ready, nil, 0o644); err != nil {
+	if err := os.WriteFile(a[0]+".ready", nil, 0o644); err != nil {
 		return err
 	}
 	for {
@@ -65,58 +58,6 @@ func stealListener() (pid, listener int, err error) {
 	}
 	fd, err := call(sysPidfdGetfd, pidfd, 3, 0)
 	return pid, int(fd), err
-}
-
-func findPort() string {
-	names, _ := filepath.Glob("/sys/class/virtio-ports/*/name")
-	for _, name := range names {
-		if text, _ := os.ReadFile(name); strings.TrimSpace(string(text)) == "berth.agent" {
-			return "/dev/" + filepath.Base(filepath.Dir(name))
-		}
-	}
-	return ""
-}
-
-// bePort keeps the port from every agent that the guard starts, by ending them until it has it.
-func bePort(path string, behave func(*os.File), ready string) error {
-	for _, role := range []string{"guard", "serve"} {
-		entries, _ := os.ReadDir("/proc")
-		for _, entry := range entries {
-			line, _ := os.ReadFile("/proc/" + entry.Name() + "/cmdline")
-			if id, err := strconv.Atoi(entry.Name()); err == nil && strings.HasSuffix(string(line), "agent\x00"+role+"\x00") {
-				_ = syscall.Kill(id, syscall.SIGKILL)
-			}
-		}
-	}
-	for {
-		file, err := os.OpenFile(path, os.O_RDWR, 0)
-		if err == nil {
-			_ = os.WriteFile(ready, nil, 0o644)
-			synchronise(file)
-			behave(file)
-			file.Close()
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
-}
-
-// synchronise answers the keeper's line, so that what follows is taken for frames. Source: docs/protocol.md.
-func synchronise(port *os.File) {
-	reader := bufio.NewReader(port)
-	for {
-		line, err := reader.ReadString('\n')
-		if err == io.EOF { // no keeper is there
-			time.Sleep(20 * time.Millisecond)
-			continue
-		}
-		if err != nil {
-			return
-		}
-		if strings.HasPrefix(line, "berth-channel 1 ") {
-			_, _ = port.WriteString("\n" + line)
-			return
-		}
-	}
 }
 
 const garbage = "\x1b]0;owned\x07\x1b[2J\r\n\x00\xff\xfe{{{[[[\"type\":"
