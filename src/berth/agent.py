@@ -133,6 +133,8 @@ class AgentClient:
 
         Answers to older requests, whose deadline had passed, are dropped.
         """
+        if monotonic() >= deadline:  # however much there is to read
+            raise _late()
         try:
             data = b"".join(self._connection.outgoing)
             self._connection.outgoing.clear()
@@ -141,7 +143,7 @@ class AgentClient:
             self._sock.settimeout(_left(deadline))
             count = self._sock.recv_into(self._connection.buffer())
         except TimeoutError:
-            raise DeadlineError("the guest agent did not answer in time", hint="berth logs --boot") from None
+            raise _late() from None
         except OSError as error:
             raise lost() from error
         if count == 0:
@@ -153,6 +155,10 @@ class AgentClient:
             if event.stream == stream and answer is None:
                 answer = event.message  # type: ignore[assignment]  # a host receives only ToHost
         return answer
+
+
+def _late() -> DeadlineError:
+    return DeadlineError("the guest agent did not answer in time", hint="berth logs --boot")
 
 
 def _left(deadline: float) -> float:

@@ -40,6 +40,7 @@ def _copy(carried: Path, status: os.stat_result, layout: Layout) -> Path:
         return copy
     import shutil  # rarely needed, and 5 ms of the fast path
 
+    make_private_directory(layout.cache)
     make_private_directory(layout.agents)
     partial = copy.with_name(f"{copy.name}.{os.getpid()}.partial")
     try:

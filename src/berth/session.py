@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _FULL_PIPE = 65536  # what a pipe holds by default; pipe(7)
 _GATHERED = 64  # buffers in one sendmsg; IOV_MAX is 1024
 _MAX_UNSENT = 64  # buffers that may wait for an agent that does not read; signals beyond that are dropped
+_GREETING_S = 60.0  # an agent greets at once, and a command may then take its time; a frozen machine greets late
 _START_STATUS = {"not_found": 127, "not_executable": 126}
 _ENDING = ("HUP", "INT", "QUIT", "TERM")  # what ends a command that does not catch it
 
@@ -76,7 +77,7 @@ def run_session(
     the command when the connection goes, and 128 + N is returned.
 
     Raises StartError, OutputError (after the command has ended), AgentError (code ``lost``; ``unheard`` when the
-    connection ended before anybody saw the request), ProtocolError.
+    connection ended before anybody saw the request), DeadlineError when the agent never greets, ProtocolError.
     """
     source = None if stdin_fd is None else _FdSource(stdin_fd)
     outputs: dict[int, Output] = {STDOUT: FdOutput(stdout_fd), STDERR: FdOutput(stderr_fd)}
@@ -190,6 +191,7 @@ class _Session:
         self._started = False
         self._terminations = 0
         self._status: int | None = None
+        self._greeting = 0.0  # until when the agent has to have greeted
         self._poll = select.poll()
         self._watched: dict[int, tuple[int, Callable[[], None]]] = {}
         self._connection = Connection("host", version=VERSION)
@@ -200,6 +202,7 @@ class _Session:
     def run(self, timeout_s: float | None = None) -> int:
         """Go through the command's life; return its status."""
         deadline = None if timeout_s is None else monotonic() + timeout_s
+        self._greeting = monotonic() + _GREETING_S
         self._sock.settimeout(0)
         try:
             self._send()
@@ -219,10 +222,13 @@ class _Session:
 
     def _wait(self, deadline: float | None) -> None:
         """Wait until something can be done, and do it."""
-        left_ms = None if deadline is None else max(deadline - monotonic(), 0) * 1000 + 1
+        ends = [end for end in (deadline, None if self._connection.hello else self._greeting) if end is not None]
+        left_ms = max(min(ends) - monotonic(), 0) * 1000 + 1 if ends else None
         for fd, _ in self._poll.poll(left_ms):
             if fd in self._watched:
                 self._watched[fd][1]()
+        if self._connection.hello is None and monotonic() >= self._greeting:
+            raise DeadlineError("the guest agent did not answer in time", hint="berth logs --boot")
         if deadline is not None and monotonic() >= deadline and self._status is None:
             raise DeadlineError("the command did not end in time and was hung up on")
         if isinstance(self._source, _BytesSource):

@@ -1,13 +1,14 @@
 """The few system calls that Python 3.11 has no name for. Layer 1; used by `inside`, `userns` and the engines.
 
 Sources: mount(2), umount2(2), unshare(2), setns(2), open_tree(2), move_mount(2), mount_setattr(2), pivot_root(2),
-pidfd_getfd(2), prctl(2);
+pidfd_getfd(2), prctl(2), keyctl(2);
 numbers from the kernel's include/uapi (the new ones are the same on every architecture).
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 
 CLONE_NEWNS = 0x0002_0000
@@ -42,6 +43,9 @@ MOUNT_ATTR_NODEV = 0x4
 _MOUNT_ATTR_IDMAP = 0x0010_0000
 
 _MNT_DETACH = 0x2
+
+_KEYCTL = {"x86_64": 250, "aarch64": 219}
+_KEYCTL_JOIN_SESSION_KEYRING = 1
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -115,6 +119,16 @@ def replace_root(root: str) -> None:
 def pidfd_getfd(pidfd: int, fd: int) -> int:
     """Duplicate the descriptor `fd` of another process, close-on-exec. Raises OSError."""
     return _check(_libc.syscall(_PIDFD_GETFD, pidfd, fd, ctypes.c_uint(0)), "pidfd_getfd")
+
+
+def leave_session_keyring() -> None:
+    """Change to a new, empty session keyring, away from the keys of whoever started us. Raises OSError."""
+    number = _KEYCTL.get(os.uname().machine, -1)
+    try:
+        _check(_libc.syscall(ctypes.c_long(number), _KEYCTL_JOIN_SESSION_KEYRING, None), "keyctl")
+    except OSError as error:
+        if error.errno != errno.ENOSYS:  # a kernel without keys
+            raise
 
 
 def die_with_parent(signal: int) -> None:

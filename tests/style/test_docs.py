@@ -72,6 +72,14 @@ def test_links_between_documents_lead_somewhere() -> None:
                 assert (document.parent / target).exists(), f"{document}: a link to {target}, which does not exist"
 
 
+def test_security_names_tests_that_there_are() -> None:
+    named = set(re.findall(r"`((?:test_|Test|Fuzz)\w+)`", (ROOT / "docs/security.md").read_text()))
+    sources = [*(ROOT / "tests").rglob("test_*.py"), *(ROOT / "guest").rglob("*_test.go")]
+    there = {name for path in sources for name in re.findall(r"^(?:def|func) (\w+)\(", path.read_text(), re.MULTILINE)}
+    assert len(named) > 30
+    assert not named - there
+
+
 def test_packages_file_is_well_formed() -> None:
     rows = [
         line.split() for line in (ROOT / "src/berth/packages.txt").read_text().splitlines() if line[:1] not in ("", "#")

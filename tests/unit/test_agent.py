@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from berth.agent import AgentClient, connect
 from berth.errors import AgentError, BerthError, DeadlineError, ProtocolError
-from berth.wire.frames import STDOUT
+from berth.wire.frames import STDOUT, encode_frame
+from berth.wire.jsontext import encode_object
 from berth.wire.messages import (
     Error,
     ExecRequest,
@@ -106,6 +107,24 @@ def test_an_agent_that_says_nothing_meets_the_deadline() -> None:
 
     with played(story) as sock, AgentClient(sock, timeout_s=0.01) as agent, pytest.raises(DeadlineError):
         agent.hello()
+
+
+def test_a_flood_does_not_move_the_deadline() -> None:
+    """What belongs to a stream that has ended is dropped; there may be no end of it."""
+    flood = encode_frame(1, 0, encode_object({"type": "result"})) * 100_000
+
+    def story(peer: Peer) -> None:
+        peer.accept()
+        peer.send(STATUS)
+        peer.next_message()
+        with contextlib.suppress(OSError):
+            peer.sock.sendall(flood)
+            peer.send(Result(members={"init": "running"}))
+
+    with played(story) as sock, AgentClient(sock, timeout_s=5) as agent:
+        agent.status()
+        with pytest.raises(DeadlineError):
+            agent.wait_init(0.001)
 
 
 def test_an_answer_that_comes_too_late_is_not_taken_for_the_next() -> None:

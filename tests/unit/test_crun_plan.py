@@ -43,19 +43,26 @@ def _machine(tmp_path: Path, boot: BootConfig) -> Machine:
 def test_the_runtime_spec_is_the_golden_one() -> None:
     spec = runtime_spec(
         rootfs="/run/user/1000/berth/m/dev/rootfs", hostname="dev", idmap=_IDMAP.nested(),
-        bounding_set=0x1FFFEFFFFFF, devices=["/dev/fuse"], cgroup=True,
+        bounding_set=0x1FFFEFFFFFF, devices=["/dev/fuse"], cgroup=True, architecture="amd64",
     )  # fmt: skip
     if os.environ.get("BERTH_TEST_WRITE_GOLDEN"):
         _GOLDEN.write_text(json.dumps(spec, indent=2) + "\n")
     assert spec == json.loads(_GOLDEN.read_text())
 
 
+def _spec_of(*, bounding_set: int) -> dict[str, object]:
+    return runtime_spec(
+        rootfs="/r", hostname="h", idmap=_IDMAP, bounding_set=bounding_set, devices=[], cgroup=False,
+        architecture="amd64",
+    )  # fmt: skip
+
+
 def test_capabilities_are_those_of_the_bounding_set_without_the_hollow_ones() -> None:
-    spec = runtime_spec(rootfs="/r", hostname="h", idmap=_IDMAP, bounding_set=0b11, devices=[], cgroup=False)
+    spec = _spec_of(bounding_set=0b11)
     process = spec["process"]
     assert isinstance(process, dict)
     assert process["capabilities"]["bounding"] == ["CAP_CHOWN", "CAP_DAC_OVERRIDE"]
-    everything = runtime_spec(rootfs="/r", hostname="h", idmap=_IDMAP, bounding_set=-1, devices=[], cgroup=False)
+    everything = _spec_of(bounding_set=-1)
     assert "CAP_SYS_MODULE" not in str(everything)
     assert "cgroup2" not in str(everything)
     assert "/sys/fs/cgroup" not in str(everything)

@@ -438,6 +438,18 @@ def test_a_deadline_counts_for_an_agent_that_never_answers() -> None:
         run_captured(sock, TRUE, timeout_s=0.01)
 
 
+def test_an_agent_that_never_greets_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a deadline of the caller's, as `berth run` has none: a command may take its time, a greeting may not."""
+    monkeypatch.setattr("berth.session._GREETING_S", 0.01)
+
+    def story(peer: Peer) -> None:
+        while peer.sock.recv(4096):
+            pass
+
+    with played(story) as sock, pipe() as (_, out), pytest.raises(DeadlineError, match="did not answer"):
+        run(sock, out, out)
+
+
 # ---- fuzzing
 
 

@@ -1,11 +1,16 @@
 package boot
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
+
+	"berth.dev/guest/internal/initsys"
 )
 
 const full = `{"schema": 1, "instance": "0123", "hostname": "dev", "hosts": "127.0.0.1 localhost\n", "resolv": "nameserver 10.0.0.1\n",
@@ -293,4 +298,45 @@ func TestJournalGoesToTheConsole(t *testing.T) {
 	if err != nil || !strings.Contains(string(data), "ForwardToConsole=yes") {
 		t.Errorf("%q, %v", data, err)
 	}
+}
+
+// Whoever is root in a guest chooses what stands where the next boot reads: it must come to its end all the same.
+func TestOddFilesHoldUpNothing(t *testing.T) {
+	read := []string{"/etc/passwd", "/etc/group", "/etc/gshadow", "/etc/shadow", "/etc/hosts", "/etc/resolv.conf", "/etc/hostname", "/etc/inittab", "/etc/.pwd.lock", "/sbin/init", instancePath, "/var/lib/berth/twin", "/var/lib/berth/create-user"}
+	for kind, put := range map[string]func(path string) error{
+		"fifo":      func(path string) error { return syscall.Mkfifo(path, 0o755) },
+		"directory": func(path string) error { return os.Mkdir(path, 0o755) },
+		"endless":   func(path string) error { return os.Symlink("/dev/zero", path) },
+		"loop":      func(path string) error { return os.Symlink(path, path) },
+		"huge": func(path string) error {
+			return errors.Join(os.WriteFile(path, nil, 0o755), os.Truncate(path, 1<<40))
+		},
+	} {
+		t.Run(kind, func(t *testing.T) {
+			root, doc := guest(t)
+			for _, path := range read {
+				if err := os.MkdirAll(filepath.Dir(root+path), 0o755); err != nil {
+					t.Fatal(err)
+				}
+				if err := put(root + path); err != nil {
+					t.Fatal(err)
+				}
+			}
+			done := inBackground(func() {
+				Prepare(root, doc)
+				initsys.Detect(root, []string{"/sbin/init"}).Look()
+			})
+			select {
+			case <-done:
+			case <-time.After(20 * time.Second):
+				t.Fatal("it waits")
+			}
+		})
+	}
+}
+
+func inBackground(work func()) <-chan struct{} {
+	done := make(chan struct{})
+	go func() { defer close(done); work() }()
+	return done
 }

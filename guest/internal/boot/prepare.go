@@ -76,7 +76,7 @@ func maskWithoutKmod(root string) error {
 }
 
 func firstBoot(root, instance string) bool {
-	data, err := os.ReadFile(root + instancePath)
+	data, err := files.Read(root + instancePath)
 	return err != nil || strings.TrimSuffix(string(data), "\n") != instance
 }
 
@@ -116,7 +116,7 @@ func writeOwned(path, text string, first bool) error {
 }
 
 func marked(path string) bool {
-	data, err := os.ReadFile(path)
+	data, err := files.Read(path)
 	line, _, _ := strings.Cut(string(data), "\n")
 	return err == nil && line == ownershipMark
 }
@@ -143,7 +143,7 @@ func replace(path, text string) error { return replaceMode(path, text, 0o644) }
 // has no /etc on a disk that can't be written: who boots such a thing wants it so, and is told all the same.
 func replaceMode(path, text string, mode fs.FileMode) error {
 	if info, err := os.Lstat(path); err == nil && info.Mode().IsRegular() {
-		if data, err := os.ReadFile(path); err == nil && string(data) == text {
+		if data, err := files.Read(path); err == nil && string(data) == text {
 			return nil
 		}
 	}

@@ -1,8 +1,10 @@
-// Package files replaces whole files. Used by whatever writes below /etc, /var/lib/berth or a runtime directory.
+// Package files reads and replaces whole files that somebody else may have put there. Used by whatever reads or writes
+// below /etc, /var/lib/berth or a runtime directory.
 package files
 
 import (
 	"errors"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -29,6 +31,35 @@ func Keep(path string, other Attr) Attr {
 	}
 	other.Mode = info.Mode().Perm()
 	return other
+}
+
+// MaxRead bounds what Read takes in: an account file of a hundred thousand users is not longer.
+const MaxRead = 16 << 20
+
+// ErrOdd is the error of Read for what is no file that one reads: a FIFO, on which an open waits for ever, a device, a
+// directory, or a file that is too long.
+var ErrOdd = errors.New("it is no regular file, or too long")
+
+// Read gives what is in the file at path. The guest's users choose what stands there, and nothing of it must hold up or
+// fill who reads: so it never waits, and takes in MaxRead at most.
+func Read(path string) ([]byte, error) {
+	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK|syscall.O_NOCTTY, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	info, err := file.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() || info.Size() > MaxRead {
+		return nil, &fs.PathError{Op: "read", Path: path, Err: ErrOdd}
+	}
+	data, err := io.ReadAll(io.LimitReader(file, MaxRead+1))
+	if len(data) > MaxRead {
+		return nil, &fs.PathError{Op: "read", Path: path, Err: ErrOdd}
+	}
+	return data, err
 }
 
 // Write replaces path, also when it is a symbolic link, by a regular file that holds data: readers see the old

@@ -8,6 +8,9 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
+
+	"berth.dev/guest/internal/files"
 )
 
 // The kinds of init, as `status` names them.
@@ -96,7 +99,7 @@ func exists(path string) bool {
 }
 
 func isScript(path string) bool {
-	file, err := os.Open(path)
+	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // not to wait for a FIFO
 	if err != nil {
 		return false
 	}
@@ -110,7 +113,7 @@ func isScript(path string) bool {
 // that it runs in the end (busybox).
 // Source: inittab(5) of sysvinit and the comment at the top of busybox's examples/inittab: id:runlevels:action:process.
 func readInittab(path string) (first, last []string) {
-	data, err := os.ReadFile(path)
+	data, err := files.Read(path)
 	if err != nil {
 		return []string{"/etc/init.d/rcS"}, []string{"/bin/umount"} // what busybox does without an inittab
 	}

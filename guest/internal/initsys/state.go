@@ -7,6 +7,8 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+
+	"berth.dev/guest/internal/files"
 )
 
 // The states of docs/protocol.md.
@@ -49,7 +51,7 @@ func (i *Init) BeforeExec() bool {
 // and rc.stopping exist on the way, failed names the services that did not start. Source: openrc, src/openrc/rc.c.
 func (i *Init) lookOpenRC() string {
 	dir := i.root + "/run/openrc/"
-	data, _ := os.ReadFile(dir + "softlevel")
+	data, _ := files.Read(dir + "softlevel")
 	switch level := strings.TrimSpace(string(data)); {
 	case level == "shutdown" || level == "reboot" || level == "off" || exists(dir+"rc.stopping") && level != "":
 		return Stopping
@@ -82,7 +84,7 @@ func (i *Init) runLevel() byte {
 		size = 400
 	}
 	for _, path := range []string{"/run/utmp", "/var/run/utmp"} {
-		data, err := os.ReadFile(i.root + path)
+		data, err := files.Read(i.root + path)
 		if err != nil {
 			continue
 		}

@@ -3,7 +3,6 @@ package twin
 import (
 	"errors"
 	"io/fs"
-	"os"
 	"slices"
 	"strings"
 
@@ -50,7 +49,7 @@ type table struct {
 // load never fails: a file that can't be read is remembered and makes save fail, so it is not overwritten.
 func load(path string, fields int) *table {
 	t := &table{fields: fields}
-	data, err := os.ReadFile(path)
+	data, err := files.Read(path)
 	if err != nil {
 		if !errors.Is(err, fs.ErrNotExist) {
 			t.err = err

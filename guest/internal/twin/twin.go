@@ -264,7 +264,7 @@ func lockDatabases(root string) func() {
 func id(n uint32) string { return strconv.FormatUint(uint64(n), 10) }
 
 func readText(path string) string {
-	data, err := os.ReadFile(path)
+	data, err := files.Read(path)
 	if err != nil {
 		return ""
 	}

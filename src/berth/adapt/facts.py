@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from berth import files
-from berth.errors import StateFormatError
+from berth.errors import BerthError, StateFormatError
 from berth.layout import Layout
 
 if TYPE_CHECKING:
@@ -68,8 +68,9 @@ def inspect(layout: Layout, images: Images, image: StoredImage) -> Facts:
         return Facts.from_json(files.load_json(path, schema=_SCHEMA))
     with images.opened_layers(image) as layers:
         facts = read_layers(layers)
-    with contextlib.suppress(OSError):  # a cache: without it we look again
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with contextlib.suppress(OSError, BerthError):  # a cache: without it we look again
+        files.make_private_directory(layout.cache)
+        files.make_private_directory(path.parent)
         files.save_json(path, facts.to_json(), schema=_SCHEMA)
     return facts
 

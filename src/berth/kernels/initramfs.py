@@ -35,6 +35,7 @@ def make_initramfs(layout: Layout, kernel: Kernel, agent: Path) -> Path:
     with contextlib.suppress(FileNotFoundError):
         os.utime(path)  # in use: the sweep takes the others first
         return path
+    make_private_directory(layout.cache)
     make_private_directory(layout.initramfs)
     try:
         data = cpio.archive(_nodes(kernel, agent.read_bytes()))

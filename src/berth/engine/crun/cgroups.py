@@ -175,7 +175,8 @@ def _is_delegated(directory: Path) -> bool:
 def enter(placement: Placement) -> list[str]:
     """Move this process to where the container shall run; return the directories made, the v2 one first.
 
-    Limits are set before anything can run there. Raises OSError.
+    Limits are set before anything can run there, and one level above what the machine sees: where the host's cgroup2 is
+    mounted without nsdelegate, its root could lift those that stand in its own top directory. Raises OSError.
     """
     if placement.directory is None:
         return []
@@ -185,21 +186,33 @@ def enter(placement: Placement) -> list[str]:
         if scope is None:
             return []
         directory = str(scope / "payload")
-    made = [directory, *placement.v1]
+    made, payload = [directory, *placement.v1], _payload(directory)
     for path in made:
         os.makedirs(path, exist_ok=True)
     for name, text in placement.writes:
         Path(name).write_text(text)
-    for path in made:
+    for name in Path(directory, "cgroup.controllers").read_text().split():
+        with contextlib.suppress(OSError):  # the machine's own groups do without it
+            Path(directory, "cgroup.subtree_control").write_text(f"+{name}")
+    os.makedirs(payload, exist_ok=True)
+    for path in (payload, *placement.v1):
         Path(path, "cgroup.procs").write_text(str(os.getpid()))
     return made
 
 
+def _payload(directory: str) -> str:
+    return os.path.join(directory, "payload")
+
+
 def give(directory: str, uid: int) -> None:
-    """Delegate a cgroup v2 directory to `uid`, the container's root. Source: cgroup-v2.rst, "Model of Delegation"."""
-    os.chown(directory, uid, uid)
+    """Delegate what `enter` made in a cgroup v2 directory to `uid`, the container's root.
+
+    Source: cgroup-v2.rst, "Model of Delegation".
+    """
+    payload = _payload(directory)
+    os.chown(payload, uid, uid)
     for name in _DELEGATED:
-        os.chown(os.path.join(directory, name), uid, uid)
+        os.chown(os.path.join(payload, name), uid, uid)
 
 
 def kill_all(directories: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from berth import host
 from berth.engine.base import Machine
 from berth.engine.common import Shared, cover_path, plan_covers, plan_shared
 from berth.engine.crun import cgroups
@@ -62,6 +63,7 @@ def plan_launch(
             bounding_set=bounding_set,
             devices=[path for path in _DEVICES if _is_open_to_all(path)],
             cgroup=placement.directory is not None,
+            architecture=host.architecture(),
         ),
         bundle=str(live / "bundle"),
         crun_state=str(layout.crun),

@@ -11,21 +11,24 @@ from berth.errors import BerthError
 
 # The user namespace first: it gives the right to enter the others.
 _SPACES = ("user", "mnt", "net", "uts", "ipc", "cgroup", "pid")
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 def restart_agent(pid: int, listener: int, agent: str) -> None:
     """Enter the container of `pid` as its root and leave `agent serve` there with `listener` as descriptor 3.
 
-    The binary is opened on the host and run by its descriptor: nothing of the guest's files is trusted or followed.
+    What is run is a copy of the host's binary in memory: nothing of the guest's files is trusted or followed, and
+    nothing of the host's can be reached, or written to, by a link like /proc/PID/exe in there (CVE-2019-5736).
     Raises BerthError when it can't be executed in there.
     """
-    program = _high(os.open(agent, os.O_RDONLY | os.O_CLOEXEC))
+    program = _high(_sealed(agent))
     socket = _high(listener)
     for name, fd in [(name, os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)) for name in _SPACES]:
         syscalls.setns(fd, 0)
         os.close(fd)
         if name == "user":
             inside.become_root()
+            syscalls.leave_session_keyring()  # crun has done so for all that it started
     told, low = os.pipe()
     tell = _high(low)
     os.close(low)
@@ -38,6 +41,17 @@ def restart_agent(pid: int, listener: int, agent: str) -> None:
     failure = os.read(told, 1000)  # the end of it: the exec has closed the other side
     if failure:
         raise BerthError(f"a new guest agent can't be started: {failure.decode(errors='replace')}")
+
+
+def _sealed(path: str) -> int:
+    """Copy a program into memory that can't be changed any more; return its descriptor. Source: memfd_create(2)."""
+    copy = os.memfd_create("berth-agent", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with open(path, "rb") as file:
+        while os.sendfile(copy, file.fileno(), None, 1 << 30):
+            pass
+    os.fchmod(copy, 0o555)
+    fcntl.fcntl(copy, fcntl.F_ADD_SEALS, _SEALS)
+    return copy
 
 
 def _become_agent(program: int, socket: int, tell: int) -> None:

@@ -25,6 +25,12 @@ _FORBIDDEN_CALLS = (
     "swapon", "swapoff", "acct", "iopl", "ioperm",
 )  # fmt: skip
 
+# What runs besides the processor's own programs, as images name it. Source: seccomp_arch_add(3).
+_ARCHITECTURES = {
+    "amd64": ("SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"),
+    "arm64": ("SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"),
+}
+
 # Worth nothing outside of the host's own user namespace, and systemd takes their presence as a promise
 # (ConditionCapability=): debugfs, the audit socket, the hardware clock would be tried and fail.
 _HOLLOW = frozenset((
@@ -36,13 +42,20 @@ AGENT_FD = 3  # the agent's listening socket, handed through crun (--preserve-fd
 
 
 def runtime_spec(
-    *, rootfs: str, hostname: str, idmap: IdMap, bounding_set: int, devices: Sequence[str], cgroup: bool
+    *,
+    rootfs: str,
+    hostname: str,
+    idmap: IdMap,
+    bounding_set: int,
+    devices: Sequence[str],
+    cgroup: bool,
+    architecture: str,
 ) -> dict[str, object]:
     """Say how crun is to make the container.
 
     rootfs: the assembled tree on the host. idmap: from the container's ids to those of the namespace crun runs in.
     bounding_set: CapBnd of our own process (asking for more fails). devices: host device nodes to bind, if there.
-    cgroup: whether the container gets a cgroup of its own to manage.
+    cgroup: whether the container gets a cgroup of its own to manage. architecture: this host's, as images name it.
     """
     capabilities = [
         f"CAP_{name}" for bit, name in enumerate(_CAPABILITIES) if bounding_set >> bit & 1 and name not in _HOLLOW
@@ -56,7 +69,8 @@ def runtime_spec(
             "consoleSize": {"height": 25, "width": 80},
             "user": {"uid": 0, "gid": 0},
             "args": ["/run/berth/agent", "boot"],
-            "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "TERM=linux"],
+            # Without a HOME crun looks into the machine's /etc/passwd, which may be a FIFO, and waits.
+            "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "TERM=linux", "HOME=/root"],
             "cwd": "/",
             "noNewPrivileges": False,
             "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), capabilities),
@@ -70,6 +84,8 @@ def runtime_spec(
             "gidMappings": _mappings(idmap.gids),
             "seccomp": {
                 "defaultAction": "SCMP_ACT_ALLOW",
+                # Without them a filter ends every program of the processor's 32-bit half.
+                "architectures": list(_ARCHITECTURES.get(architecture, ())),
                 "syscalls": [{"names": list(_FORBIDDEN_CALLS), "action": "SCMP_ACT_ERRNO", "errnoRet": 1}],
             },
             # Nothing of /proc is masked: in a user namespace the host's knobs are refused by their owner, and
