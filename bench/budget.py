@@ -14,7 +14,7 @@ Clock = Callable[[], float]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rounds:
-    """How often: `most` rounds as long as `seconds` last, but `least` whatever they take."""
+    """How often: `most` rounds as long as `seconds` last; `least` if they take no more than twice that; one anyway."""
 
     least: int
     most: int

@@ -135,7 +135,8 @@ def take_turns(
     for turn in range(0 if warm_up else 1, rounds.most + 1):
         done = turn if warm_up else turn - 1
         spent = clock() - began
-        if turn > rounds.least and done and spent + spent / done > rounds.seconds:
+        limit = rounds.seconds * (1 if turn > rounds.least else 2)
+        if turn > 1 and spent + spent / done > limit:
             return
         for contender in list(going):
             try:

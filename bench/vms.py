@@ -245,10 +245,10 @@ def reclaim(place: VmPlace) -> list[Result]:
 
 
 BENCHMARKS: dict[str, Callable[[VmPlace], list[Result]]] = {
-    "vm-cold": cold_start,
     "vm-run": run_command,
-    "vm-bulk": bulk,
     "vm-memory": memory,
+    "vm-cold": cold_start,
+    "vm-bulk": bulk,
     "vm-create": create,
     "vm-folders": folders,
     "vm-reclaim": reclaim,

@@ -126,7 +126,10 @@ def test_what_took_longer_is_missed_by_the_others_and_at_last_none_is_left() -> 
         (100.0, True, 10),  # enough for all
         (6.5, True, 5),  # one second each and one for the round that does not count
         (6.5, False, 6),
-        (0.0, True, 3),  # the least
+        (3.0, True, 3),  # the least: they take no more than twice the time
+        (2.0, True, 3),
+        (1.0, True, 1),
+        (0.0, True, 1),
     ],
 )
 def test_rounds_go_by_what_a_round_takes(seconds: float, taken: int, *, warm_up: bool) -> None:
