@@ -10,18 +10,21 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from bench.stopwatch import process_memory
 from bench.watch import PLAIN, Files, Memory, Step, Watch, memory_from_json
 from bench.worlds import BRIDGE, Installed
 from berth import proc
 from berth.layout import Layout
+from berth.names import parse_machine_name
 from berth.net import record
 
 # Peers have no wait for the init: look for systemd's private socket, then ask it. `degraded` has settled, too.
 SETTLED = "until [ -S /run/systemd/private ]; do sleep 0.01; done; systemctl is-system-running --wait || true"
-_SETUP_S = 300.0
+SETUP_S = 300.0
+
+Isolation = Literal["container", "vm"]
 
 
 class NotOffered(Exception):  # noqa: N818 (it is an answer)
@@ -64,28 +67,40 @@ class Berth:
     name = "berth"
     command = "berth run"
     note = ""
+    memory_size = "1G"  # of a VM
 
-    def __init__(self, watch: Watch, installed: Installed, layout: Layout, shared: Path) -> None:
+    def __init__(
+        self, watch: Watch, installed: Installed, layout: Layout, shared: Path, isolation: Isolation = "container"
+    ) -> None:
         self.watch = watch
+        self.isolation: Isolation = isolation
+        self.cpus = min(2, os.cpu_count() or 1)
         self._berth = str(installed.berth)
         self._layout = layout
         self._shared = shared
         self._image = "bench:latest"
 
     def setup(self, tar: Path) -> None:
-        self.watch.output(self._berth, "image", "import", str(tar), self._image, deadline_s=_SETUP_S)
-        # The first machine has the image unpacked; the numbers are of those after it.
-        self.watch.time(*self.launch("first"), *self.settle("first"), *self.remove("first"), deadline_s=_SETUP_S)
+        stored = self.watch.output(self._berth, "image", "ls", "--quiet")
+        if self._image not in stored:
+            self.watch.output(self._berth, "image", "import", str(tar), self._image, deadline_s=SETUP_S)
+        if self.isolation == "container":
+            self.setup_first()
+
+    def setup_first(self) -> None:
+        """Make and remove a machine: the first has the image unpacked; the numbers are of those after it."""
+        self.watch.time(*self.launch("first"), *self.settle("first"), *self.remove("first"), deadline_s=SETUP_S)
 
     def create(self, machine: str) -> list[Step]:
-        return [self._step("create", self._image, "--name", machine, "--no-boot", *self._mount)]
+        return [self._step("create", self._image, "--name", machine, "--no-boot", *self._sizes())]
 
-    def launch(self, machine: str) -> list[Step]:
-        return [self._step("create", self._image, "--name", machine, *self._mount)]
+    def launch(self, machine: str, *, mount: str | None = None, memory: str | None = None) -> list[Step]:
+        return [self._step("create", self._image, "--name", machine, *self._sizes(mount, memory))]
 
-    @property
-    def _mount(self) -> list[str]:
-        return ["--mount", f"{self._shared}:/bench:ro"]
+    def _sizes(self, mount: str | None = None, memory: str | None = None) -> list[str]:
+        words = ["--isolation", self.isolation, "--mount", mount or f"{self._shared}:/bench:ro"]
+        vm = ["--cpus", str(self.cpus), "--memory", memory or self.memory_size]
+        return [*words, *(vm if self.isolation == "vm" else [])]
 
     def start(self, machine: str) -> list[Step]:
         return [self._step("start", machine)]
@@ -93,8 +108,12 @@ class Berth:
     def run(self, machine: str, *words: str, files: Files = PLAIN) -> list[Step]:
         return [Step((self._berth, "run", "-n", machine, "--", *words), files)]
 
+    def run_as_root(self, machine: str, *words: str) -> list[Step]:
+        return [self._step("run", "--root", "-n", machine, "--", *words)]
+
     def settle(self, machine: str) -> list[Step]:
-        return [self._step("wait", machine, "--for", "init", "--timeout", "30")]
+        patience = "30" if self.isolation == "container" else "250"
+        return [self._step("wait", machine, "--for", "init", "--timeout", patience)]
 
     def stop(self, machine: str) -> list[Step]:
         return [self._step("stop", machine)]
@@ -103,8 +122,19 @@ class Berth:
         return [self._step("rm", "--force", machine)]
 
     def memory(self, machine: str) -> list[Memory]:
+        return [self._process(machine, "keeper")]
+
+    def vmm_memory(self, machine: str) -> Memory:
+        return self._process(machine, "vmm")
+
+    def _process(self, machine: str, which: str) -> Memory:
         found = json.loads(self.watch.output(self._berth, "inspect", machine))
-        return [_seen_by_us(int(found["pids"]["keeper"]))]
+        return _seen_by_us(int(found["pids"][which]))
+
+    def folder_servers(self, machine: str) -> list[Memory]:
+        """A VM's virtiofsd, one a folder."""
+        document = json.loads((self._layout.live(parse_machine_name(machine)) / "vm.json").read_text())
+        return [_seen_by_us(int(server["pid"])) for server in document["servers"]]
 
     def shared_memory(self) -> list[Memory]:
         """The network's processes: dnsmasq; of an ordinary user also the hub's holder and pasta."""
@@ -138,7 +168,7 @@ class Podman:
         )  # fmt: skip
 
     def setup(self, tar: Path) -> None:
-        self.watch.output(*self._podman, "import", "--quiet", str(tar), "bench:latest", deadline_s=_SETUP_S)
+        self.watch.output(*self._podman, "import", "--quiet", str(tar), "bench:latest", deadline_s=SETUP_S)
         self.watch.time(*self.launch("first"), *self.settle("first"), *self.remove("first"))
 
     def create(self, machine: str) -> list[Step]:

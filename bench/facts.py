@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from berth import host
+from berth.engine.qemu.plan import qemu_program
 from berth.errors import BerthError
 from berth.version import VERSION
 
@@ -17,6 +18,8 @@ _TOOLS = {
     "conmon": ("conmon", "--version"),
     "lxc": ("lxc-start", "--version"),
     "systemd-nspawn": ("systemd-nspawn", "--version"),
+    "skopeo": ("skopeo", "--version"),
+    "QEMU": (qemu_program(host.architecture()), "--version"),
 }
 
 

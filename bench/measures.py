@@ -1,13 +1,11 @@
-"""What is measured, and how: one function a benchmark, each giving rows of the table. Used by __main__.
+"""What is measured, and how: one function a benchmark, each giving rows of a table. Used by __main__ and vms.
 
-Contenders take turns (one round: everybody once), so that what else the machine does hits all alike; the first round of
-each is thrown away. A contender that fails is named with its reason, and the others go on.
+The functions that VMs have, too, go by the place's part; what is different there is in vms.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -16,81 +14,10 @@ from pathlib import Path
 from bench.contenders import Contender, NotOffered, disk_bytes
 from bench.goals import Goal, Result, Unit
 from bench.imports import own_imports, parse_importtime
+from bench.turns import STEADY, Place, ensure_steady, finish, fresh_name, take_turns
 from bench.watch import BenchError, Files, Memory, One, Step
-from bench.worlds import Installed
 
 MIB = 1024 * 1024
-STEADY = "steady"
-_numbers = itertools.count(1)
-
-Say = Callable[[str], None]
-
-
-@dataclasses.dataclass(slots=True)
-class Place:
-    """One person's contenders, berth first. shared: a folder that all machines see at /bench, with `bulk` in it."""
-
-    person: str
-    contenders: list[Contender]
-    installed: Installed
-    shared: Path
-    bulk_bytes: int
-    quick: bool
-    say: Say
-    steady: set[str] = dataclasses.field(default_factory=set[str])
-
-    def rounds(self, full: int, quick: int) -> int:
-        return quick if self.quick else full
-
-    @property
-    def berth(self) -> Contender:
-        return self.contenders[0]
-
-
-def set_up(place: Place, tar: Path) -> dict[str, str]:
-    """Store the root file system for everybody; drop who can't, and say why."""
-    dropped: dict[str, str] = {}
-    for contender in list(place.contenders):
-        place.say(f"{place.person}: setting up {contender.name}")
-        try:
-            contender.setup(tar)
-        except BenchError as error:
-            if contender is place.berth:
-                raise
-            dropped[contender.name] = str(error)
-            place.contenders.remove(contender)
-    return dropped
-
-
-def _ensure_steady(place: Place, result: Result) -> list[Contender]:
-    """Have a settled machine running for every contender; return those that have one."""
-    for contender in place.contenders:
-        if contender.name not in place.steady:
-            try:
-                contender.watch.time(*contender.launch(STEADY), *contender.settle(STEADY))
-                place.steady.add(contender.name)
-            except BenchError as error:
-                result.absent[contender.name] = str(error)
-    return [contender for contender in place.contenders if contender.name in place.steady]
-
-
-def take_turns(
-    result: Result, contenders: Sequence[Contender], rounds: int, measure: Callable[[Contender], float]
-) -> None:
-    """Fill `result` with `rounds` values from each contender, in turns, after one round that does not count."""
-    going = list(contenders)
-    for turn in range(rounds + 1):
-        for contender in list(going):
-            try:
-                value = measure(contender)
-            except (BenchError, NotOffered) as error:
-                result.absent[contender.name] = str(error)
-                result.samples.pop(contender.name, None)
-                going.remove(contender)
-                continue
-            if turn:
-                result.samples.setdefault(contender.name, []).append(value)
-
 
 # A command in a running machine -----------------------------------------------------------------------------------
 
@@ -107,7 +34,7 @@ RUN_GOAL = Goal(
 
 def run_command(place: Place) -> list[Result]:
     result = Result("run", place.person, "`run -- true` in a running machine, whole process", "ms", RUN_GOAL)
-    ready = _ensure_steady(place, result)
+    ready = ensure_steady(place, result)
     take_turns(
         result, ready, place.rounds(40, 10),
         lambda contender: contender.watch.time(*contender.run(STEADY, "true")) * 1000,
@@ -126,10 +53,14 @@ def floor(place: Place) -> list[Result]:
     }
     results: list[Result] = []
     for what, argv in programs.items():
-        result = Result("floor", place.person, what, "ms")
+        result = Result("floor", place.person, what, "ms", part=place.part)
         step = Step(tuple(argv))
-        for _ in range(place.rounds(40, 10)):
-            result.samples.setdefault("berth", []).append(place.berth.watch.time(step) * 1000)
+        rounds = place.rounds(40, 10, share=1 / len(programs))
+
+        def measure(one: Contender, step: Step = step) -> float:
+            return one.watch.time(step) * 1000
+
+        take_turns(result, [place.berth], rounds, measure)
         results.append(result)
     return results
 
@@ -137,21 +68,21 @@ def floor(place: Place) -> list[Result]:
 def imports(place: Place) -> list[Result]:
     """The sum of the modules that `berth run` imports over those of the bare interpreter."""
     result = Result("imports", place.person, "imports of `berth run` over the bare interpreter's", "ms")
-    _ensure_steady(place, result)
+    ensure_steady(place, result)
     watch, python, berth = place.berth.watch, str(place.installed.python), str(place.installed.berth)
     script = '"$@" 2>&1 >/dev/null'
     bare = ["sh", "-c", script, "sh", python, "-X", "importtime", "-c", "pass"]
     ours = ["sh", "-c", script, "sh", python, "-X", "importtime", berth, "run", "-n", STEADY, "--", "true"]
-    values: list[float] = []
-    for turn in range(place.rounds(15, 5) + 1):
+
+    def measure(_berth: Contender) -> float:
         known = {row.name for row in parse_importtime(watch.output(*bare))}
         rows = own_imports(parse_importtime(watch.output(*ours)), known)
-        if turn:
-            values.append(sum(row.self_us for row in rows) / 1000)
-            result.extra = f"{len(rows)} modules; " + ", ".join(
-                f"{row.name} {row.self_us / 1000:.1f}" for row in sorted(rows, key=lambda row: -row.self_us)[:8]
-            )
-    result.samples["berth"] = values
+        result.extra = f"{len(rows)} modules; " + ", ".join(
+            f"{row.name} {row.self_us / 1000:.1f}" for row in sorted(rows, key=lambda row: -row.self_us)[:8]
+        )
+        return sum(row.self_us for row in rows) / 1000
+
+    take_turns(result, [place.berth], place.rounds(15, 5), measure)
     return [result]
 
 
@@ -165,29 +96,34 @@ BULK_GOAL = Goal(
 
 def bulk(place: Place) -> list[Result]:
     """`cat` of a file that all machines share, out and in; to a file (/dev/null), and through a pipe."""
-    size = place.bulk_bytes
-    host, machine = f"{place.shared}/bulk", "/bench/bulk"
+    return measure_bulk(place, place.bulk_inside, BULK_GOAL)
+
+
+def measure_bulk(place: Place, inside: str, goal: Goal) -> list[Result]:
+    """inside: where machines find the bytes."""
+    amount, outside = f"{place.bulk_bytes // MIB} MiB", str(place.bulk)
     swallow = ("sh", "-c", "cat > /dev/null")
     ways = [
-        (f"`run -- cat` of {size // MIB} MiB to /dev/null", ("cat", machine), Files(stdout="/dev/null")),
-        (f"`run -- cat` of {size // MIB} MiB into a pipe", ("cat", machine), Files(sink=swallow)),
-        (f"{size // MIB} MiB from a file into `run -- cat`", swallow, Files(stdin=host)),
-        (f"{size // MIB} MiB from a pipe into `run -- cat`", swallow, Files(source=("cat", host))),
+        (f"`run -- cat` of {amount} to /dev/null", ("cat", inside), Files(stdout="/dev/null")),
+        (f"`run -- cat` of {amount} into a pipe", ("cat", inside), Files(sink=swallow)),
+        (f"{amount} from a file into `run -- cat`", swallow, Files(stdin=outside)),
+        (f"{amount} from a pipe into `run -- cat`", swallow, Files(source=("cat", outside))),
     ]
-    results: list[Result] = []
-    for what, words, files in ways:
-        result = Result("bulk", place.person, what, "MB/s", BULK_GOAL)
-        contenders = [one for one in _ensure_steady(place, result) if one.name in ("berth", "podman")]
-        for other in ("lxc", "systemd-nspawn"):
-            if other in place.steady:
-                result.absent[other] = "hands its descriptors over: no byte passes through it"
+    return [_measure_way(place, Result("bulk", place.person, what, "MB/s", goal, part=place.part), words, files)
+            for what, words, files in ways]  # fmt: skip
 
-        def measure(contender: Contender, words: tuple[str, ...] = words, files: Files = files) -> float:
-            return size / 1e6 / contender.watch.time(*contender.run(STEADY, *words, files=files))
 
-        take_turns(result, contenders, place.rounds(5, 3), measure)
-        results.append(result)
-    return results
+def _measure_way(place: Place, result: Result, words: tuple[str, ...], files: Files) -> Result:
+    contenders = [one for one in ensure_steady(place, result) if one.name in ("berth", "podman")]
+    for other in ("lxc", "systemd-nspawn"):
+        if other in place.steady:
+            result.absent[other] = "hands its descriptors over: no byte passes through it"
+
+    def measure(contender: Contender) -> float:
+        return place.bulk_bytes / 1e6 / contender.watch.time(*contender.run(STEADY, *words, files=files))
+
+    take_turns(result, contenders, place.rounds(5, 3, share=1 / 4), measure, warm_up=False)
+    return result
 
 
 # Memory -----------------------------------------------------------------------------------------------------------
@@ -203,17 +139,17 @@ def memory(place: Place) -> list[Result]:
     resident = Result("memory", place.person, "memory on the host per running machine, RSS", "MiB", MEMORY_GOAL)
     proportional = Result("memory", place.person, "the same, PSS (shared pages divided)", "MiB")
     shared = Result("memory", place.person, "memory on the host once for all machines, RSS", "MiB")
-    for contender in _ensure_steady(place, resident):
+    for contender in ensure_steady(place, resident):
         # nspawn's directory is the steady machine's; of the others some more, for they differ.
-        more = [] if contender.name == "systemd-nspawn" else [f"r{next(_numbers)}" for _ in range(place.rounds(4, 2))]
+        more = [] if contender.name == "systemd-nspawn" else [fresh_name("r") for _ in range(2 if place.quick else 4)]
         try:
             for name in more:
                 contender.watch.time(*contender.launch(name), *contender.settle(name))
             own: list[Memory] = []
             for name in (STEADY, *more):
                 own = contender.memory(name)
-                _add_memory(resident, contender.name, [one.rss for one in own])
-                _add_memory(proportional, contender.name, [one.pss for one in own])
+                add_memory(resident, contender.name, [one.rss for one in own])
+                add_memory(proportional, contender.name, [one.pss for one in own])
             _add_shared(shared, contender)
             resident.extra += f"{contender.name}: {', '.join(one.name for one in own)}; "
         except (BenchError, OSError) as error:
@@ -227,11 +163,11 @@ def memory(place: Place) -> list[Result]:
 def _add_shared(shared: Result, contender: Contender) -> None:
     once = contender.shared_memory()
     if once:
-        _add_memory(shared, contender.name, [one.rss for one in once])
+        add_memory(shared, contender.name, [one.rss for one in once])
         shared.extra += f"{contender.name}: {', '.join(_describe(one) for one in once)}; "
 
 
-def _add_memory(result: Result, name: str, sizes: Sequence[int | None]) -> None:
+def add_memory(result: Result, name: str, sizes: Sequence[int | None]) -> None:
     known = [size for size in sizes if size is not None]
     if known and len(known) == len(sizes):
         result.samples.setdefault(name, []).append(sum(known) / MIB)
@@ -264,7 +200,7 @@ def cold_start(place: Place) -> list[Result]:
     """Stop a settled machine, then time a command in it until it is done."""
     cold = Result("cold", place.person, "stopped → `run -- true` done", "ms", COLD_GOAL)
     stop = Result("stop", place.person, "stop (the init powers off)", "ms")
-    ready = _ensure_steady(place, cold)
+    ready = ensure_steady(place, cold)
 
     def measure(contender: Contender) -> float:
         stopped = contender.watch.time(*contender.stop(STEADY)) * 1000
@@ -275,7 +211,7 @@ def cold_start(place: Place) -> list[Result]:
         stop.samples.setdefault(contender.name, []).append(stopped)
         return started
 
-    take_turns(cold, ready, place.rounds(8, 3), measure)
+    take_turns(cold, ready, place.rounds(10, 3), measure)
     return [cold, stop]
 
 
@@ -295,11 +231,12 @@ SETTLED_GOAL = Goal(at_most=1, why={"limit": "most of it is systemd's own boot o
 
 def create(place: Place) -> list[Result]:
     """A second machine from the same image, not booted: time and disk."""
-    result = Result("create", place.person, "`create --no-boot`, a second machine from the image", "ms", CREATE_GOAL)
-    disk = Result("disk", place.person, "disk that it takes", "KiB", DISK_GOAL)
+    part, what = place.part, "`create --no-boot`, a second machine from the image"
+    result = Result("create", place.person, what, "ms", CREATE_GOAL, part=part)
+    disk = Result("disk", place.person, "disk that it takes", "KiB", DISK_GOAL, part=part)
 
     def measure(contender: Contender) -> float:
-        name = f"c{next(_numbers)}"
+        name = fresh_name("c")
         steps = contender.create(name)
         before = disk_bytes(contender.storage())
         seconds = contender.watch.time(*steps)
@@ -307,18 +244,18 @@ def create(place: Place) -> list[Result]:
         contender.watch.time(*contender.remove(name))
         return seconds * 1000
 
-    take_turns(result, place.contenders, place.rounds(10, 3), measure)
+    take_turns(result, place.contenders, place.rounds(12, 3, share=0.6), measure)
     return [result, disk, _create_in_process(place)]
 
 
-# argv: how many; prints the milliseconds of each but the first.
+# argv: how many, the isolation; prints the milliseconds of each but the first.
 _CREATE = """
 import sys, time
 import berth
 taken = []
 for number in range(int(sys.argv[1]) + 1):
     start = time.perf_counter()
-    machine = berth.Machine.create("bench:latest", name=f"api{number}", boot=False)
+    machine = berth.Machine.create("bench:latest", name=f"api{number}", boot=False, isolation=sys.argv[2])
     taken.append((time.perf_counter() - start) * 1000)
     machine.remove()
 print(*taken[1:])
@@ -327,10 +264,11 @@ print(*taken[1:])
 
 def _create_in_process(place: Place) -> Result:
     """The same by the Python API in one process: what is left when the interpreter and its imports are there."""
-    result = Result("create", place.person, "the same by `berth.Machine.create` in one Python process", "ms")
-    rounds = str(place.rounds(10, 3))
+    what = "the same by `berth.Machine.create` in one Python process"
+    result = Result("create", place.person, what, "ms", part=place.part)
+    rounds = "3" if place.quick else "10"
     try:
-        said = place.berth.watch.output(str(place.installed.python), "-c", _CREATE, rounds)
+        said = place.berth.watch.output(str(place.installed.python), "-c", _CREATE, rounds, place.part)
         result.samples["berth"] = [float(word) for word in said.split()]
     except BenchError as error:
         result.absent["berth"] = str(error)
@@ -343,7 +281,7 @@ def boot(place: Place) -> list[Result]:
     settled = Result("settled", place.person, "`create`, to systemd settled", "s", SETTLED_GOAL)
 
     def measure(contender: Contender, *, settle: bool) -> float:
-        name = f"b{next(_numbers)}"
+        name = fresh_name("b")
         steps = contender.launch(name)
         if settle:
             steps = [*steps, *contender.settle(name)]
@@ -355,14 +293,15 @@ def boot(place: Place) -> list[Result]:
 
     # nspawn's directory is the steady machine's.
     contenders = [one for one in place.contenders if one.name != "systemd-nspawn"]
-    take_turns(ready, contenders, place.rounds(6, 3), lambda contender: measure(contender, settle=False))
-    take_turns(settled, contenders, place.rounds(6, 3), lambda contender: measure(contender, settle=True))
+    take_turns(ready, contenders, place.rounds(8, 3, share=0.45), lambda contender: measure(contender, settle=False))
+    take_turns(settled, contenders, place.rounds(8, 3, share=0.55), lambda contender: measure(contender, settle=True))
     return [ready, settled]
 
 
 # Twenty at once ---------------------------------------------------------------------------------------------------
 
 TWENTY = 20
+_PEERS_TWENTY_S = 100.0
 _SPIN_S = 3.0
 _SETTLE_S = 35.0
 _SPIN = (
@@ -415,11 +354,14 @@ def _why_not_all() -> str:
 def twenty(place: Place) -> list[Result]:
     """Twenty machines started at once: all boot, all answer, none starves."""
     table = _Twenty.of(place.person)
-    peers = ("podman",) if place.person == "root" and not place.quick else ()
-    contenders = [one for one in place.contenders if one.name in ("berth", *peers)]
+    contenders = [one for one in place.contenders if one.name in ("berth", "podman")]
+    if place.seconds < _PEERS_TWENTY_S:
+        for one in contenders[1:]:
+            table.booted.absent[one.name] = "takes a minute: bench/run --only twenty"
+        del contenders[1:]
     finish(place)  # the shared machines would count
     for contender in contenders:
-        names = [f"t{next(_numbers)}" for _ in range(TWENTY)]
+        names = [fresh_name("t") for _ in range(TWENTY)]
         made: list[str] = []
         try:
             for name in names:
@@ -487,11 +429,3 @@ BENCHMARKS: dict[str, Callable[[Place], list[Result]]] = {
     "boot": boot,
     "twenty": twenty,
 }
-
-
-def finish(place: Place) -> None:
-    """Stop the machines that the benchmarks shared."""
-    for contender in place.contenders:
-        if contender.name in place.steady:
-            contender.watch.time(*contender.remove(STEADY))
-    place.steady.clear()

@@ -1,24 +1,30 @@
-"""How fast an image comes out of a registry, beside skopeo and podman: ``python -m bench.pull``.
+"""How fast an image comes out of a registry, beside skopeo and podman. Used by __main__.
 
-A docker-registry on loopback serves an image of 200 MB in 6 layers. Everybody pulls it into an empty store, in turns, a
-first round that does not count included. podman unpacks the layers besides, which the others do not. Memory is the
-largest resident set of the process, as the kernel reports it to who waits for it.
+A docker-registry on loopback serves an image of 200 MB in 6 layers. Everybody pulls it into an empty store, in turns.
+podman unpacks the layers besides, which the others do not. Memory is the largest resident set of the process, as the
+kernel reports it to who waits for it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import gzip
 import io
 import os
 import shutil
-import statistics
 import sys
 import tarfile
-import tempfile
+from collections.abc import Generator
 from pathlib import Path
 
+from bench.budget import Rounds
+from bench.goals import Goal, Result
+from bench.turns import take_turns
 from bench.watch import BenchError
+from bench.worlds import Installed, install_hint
 from berth import proc
+from berth.errors import CommandError
 from berth.images import Images
 from berth.layout import Layout
 from berth.oci import spec
@@ -30,28 +36,77 @@ from registries import docker_registry
 MIB = 1024 * 1024
 _LAYERS = 6
 _BYTES = 200_000_000
-_ROUNDS = 5
 _DEADLINE_S = 120.0
 
-
-def main() -> int:
-    with tempfile.TemporaryDirectory(prefix="bench-pull-") as name:
-        folder = Path(name)
-        with docker_registry(folder / "registry") as served:
-            image = f"{served.host}/bench/image:latest"
-            size = _push(folder / "source", image)
-            sys.stdout.write(f"an image of {size / 1e6:.0f} MB in {_LAYERS} layers\n")
-            _measure(folder, image)
-    return 0
+TIME_GOAL = Goal(
+    below=("skopeo", "podman"),
+    why={
+        "skopeo": "the bytes cost both the same; berth adds an interpreter's start and the imports of its HTTP client"
+    },
+)
+MEMORY_GOAL = Goal(at_most=150)
 
 
-def _layout(folder: Path) -> Layout:
-    return Layout(*(folder / name for name in ("data", "run", "config", "cache")))
+@dataclasses.dataclass(frozen=True, slots=True)
+class Puller:
+    """One program that pulls; `{}` in argv is the folder of this round."""
+
+    name: str
+    argv: tuple[str, ...]
+
+
+def pull(scratch: Path, installed: Installed, rounds: Rounds) -> list[Result]:
+    """Measure pulls below `scratch`. Raises BenchError where no registry can be had."""
+    if proc.find_program("docker-registry") is None:
+        raise BenchError(f"docker-registry is not installed: {install_hint('docker-registry')}")
+    folder = scratch / "pull"
+    with _removed(folder), docker_registry(folder / "registry") as served:
+        image = f"{served.host}/bench/image:latest"
+        size = _push(folder / "source", image)
+        what = f"pull of an image of {size / 1e6:.0f} MB in {_LAYERS} layers, whole process"
+        seconds = Result("pull", "root", what, "s", TIME_GOAL, part="image")
+        peak = Result("pull", "root", "its peak memory", "MiB", MEMORY_GOAL, part="image")
+        pullers = [one for one in _pullers(installed, image) if _is_there(one, seconds)]
+
+        def measure(one: Puller) -> float:
+            with _removed(folder / "round") as target:
+                took, most = _run([word.replace("{}", str(target)) for word in one.argv], target)
+            peak.samples.setdefault(one.name, []).append(most / MIB)
+            return took
+
+        take_turns(seconds, pullers, rounds, measure)
+    return [seconds, peak]
+
+
+def _pullers(installed: Installed, image: str) -> list[Puller]:
+    podman = ("podman", "--root", "{}/root", "--runroot", "{}/runroot", "--storage-driver", "overlay")
+    source = ("--src-tls-verify=false", f"docker://{image}")
+    return [
+        Puller("berth", (str(installed.berth), "image", "pull", image)),
+        Puller("skopeo", ("skopeo", "--insecure-policy", "copy", *source, "oci:{}/oci:x")),
+        Puller("podman", (*podman, "pull", "--tls-verify=false", image)),
+    ]
+
+
+def _is_there(one: Puller, result: Result) -> bool:
+    if proc.find_program(one.argv[0]) is not None:
+        return True
+    result.absent[one.name] = f"not installed: {install_hint(one.argv[0])}"
+    return False
+
+
+@contextlib.contextmanager
+def _removed(folder: Path) -> Generator[Path]:
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 def _push(folder: Path, name: str) -> int:
     """Make the image and have the registry have it; return its bytes."""
-    layout = _layout(folder)
+    layout = Layout(*(folder / name for name in ("data", "run", "config", "cache")))
     store = Store(layout.images)
     with store.ingest() as ingest:
         tars = [_layer(number) for number in range(_LAYERS)]
@@ -74,38 +129,6 @@ def _layer(number: int) -> bytes:
     return out.getvalue()
 
 
-def _commands(folder: Path, image: str) -> dict[str, list[str]]:
-    podman = ["podman", "--root", f"{folder}/root", "--runroot", f"{folder}/runroot", "--storage-driver", "overlay"]
-    return {
-        "berth image pull": [sys.executable, "-m", "berth", "image", "pull", image],
-        "skopeo copy": [
-            "skopeo", "--insecure-policy", "copy", "--src-tls-verify=false", f"docker://{image}", f"oci:{folder}/oci:x",
-        ],
-        "podman pull": [*podman, "pull", "--tls-verify=false", image],
-    }  # fmt: skip
-
-
-def _measure(folder: Path, image: str) -> None:
-    seconds: dict[str, list[float]] = {}
-    peaks: dict[str, int] = {}
-    for turn in range(_ROUNDS + 1):
-        target = folder / f"round-{turn}"
-        target.mkdir()
-        for name, argv in _commands(target, image).items():
-            if shutil.which(argv[0]) is None:
-                continue
-            took, peak = _run(argv, target)
-            if turn:
-                seconds.setdefault(name, []).append(took)
-                peaks[name] = max(peaks.get(name, 0), peak)
-        shutil.rmtree(target)
-    for name, taken in seconds.items():
-        spread = f"{min(taken):.2f} to {max(taken):.2f}"
-        sys.stdout.write(
-            f"{name:17} {statistics.median(taken):6.2f} s  ({spread})  peak memory {peaks[name] / MIB:.0f} MiB\n"
-        )
-
-
 # The kernel counts what a process was before its exec, too: whoever starts it has to be small.
 _WATCH = """
 import os, sys, time
@@ -119,16 +142,15 @@ print(time.perf_counter() - began, usage.ru_maxrss * 1024, status)
 
 
 def _run(argv: list[str], target: Path) -> tuple[float, int]:
-    """Run a program; return its seconds and its largest resident set in bytes."""
+    """Run a program; return its seconds and its largest resident set in bytes. Raises BenchError."""
     roots = {f"BERTH_{kind}_DIR": f"{target}/{kind.lower()}" for kind in ("DATA", "RUNTIME", "CONFIG", "CACHE")}
     log = target / "log"
     watch = [sys.executable, "-I", "-S", "-c", _WATCH, str(log)]
-    done = proc.run([*watch, *argv], env={**os.environ, **roots}, timeout_s=_DEADLINE_S)
+    try:
+        done = proc.run([*watch, *argv], env={**os.environ, "PYTHONPATH": "", **roots}, timeout_s=_DEADLINE_S)
+    except CommandError as error:
+        raise BenchError(f"{argv[0]}: {error}") from error
     took, peak, status = done.stdout.decode().split()
     if status != "0":
         raise BenchError(f"{argv[0]} failed: {log.read_text(errors='replace')[-4000:]}")
     return float(took), int(peak)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The results as a table for a terminal, as JSON, and as the generated part of docs/performance.md."""
+"""The results as tables for a terminal, as JSON, and as the generated part of docs/performance.md."""
 
 from __future__ import annotations
 
@@ -9,14 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from bench.facts import Facts
-from bench.goals import Goal, Result, spread
+from bench.goals import YARDSTICK, Goal, Part, Result, spread
 
-PEERS = ("podman", "lxc", "systemd-nspawn")
+PEERS: Mapping[Part, tuple[str, ...]] = {
+    "container": ("podman", "lxc", "systemd-nspawn"), "vm": (YARDSTICK,), "image": ("skopeo", "podman"),
+}  # fmt: skip
 BEGIN = "<!-- bench: begin (bench/run --docs writes what follows) -->"
 END = "<!-- bench: end -->"
-_SCHEMA = 1
-_PERSONS = {"root": "As root", "user": "As an ordinary user"}
-_HEAD = ("what", "goal", "berth", *PEERS, "unit", "berth ÷ best peer", "")
+_SCHEMA = 2
+_LEGEND = (
+    "Each cell: the median, ± the median distance from it, in brackets the least and the most, × how many were taken. "
+    "The last column but one is berth's median by the best peer's of those the goal names, else of all."
+)
+_TITLES: Mapping[tuple[Part, str], str] = {
+    ("container", "root"): "Containers, as root", ("container", "user"): "Containers, as an ordinary user",
+    ("vm", "root"): "VMs, as root", ("vm", "user"): "VMs, as an ordinary user",
+    ("image", "root"): "Images, as root", ("image", "user"): "Images, as an ordinary user",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,10 +61,15 @@ def _goal(document: Mapping[str, Any]) -> Goal:
     return Goal(**members)
 
 
+def head(part: Part) -> list[str]:
+    """Return the first row of a part's tables."""
+    return ["what", "goal", "berth", *PEERS[part], "unit", "berth ÷ best peer", ""]
+
+
 def cells(result: Result) -> list[str]:
-    """Return the row of one result: _HEAD's columns."""
+    """Return the row of one result: the columns of `head`."""
     goal = result.goal.text(result.unit) if result.goal else ""
-    values = [_cell(result, name) for name in ("berth", *PEERS)]
+    values = [_cell(result, name) for name in ("berth", *PEERS[result.part])]
     return [result.what, goal, *values, result.unit, result.ratio(), result.verdict()]
 
 
@@ -63,13 +77,22 @@ def _cell(result: Result, name: str) -> str:
     return spread(result.samples[name]) if name in result.samples else "-"
 
 
+def _tables(report: Report) -> list[tuple[str, list[list[str]]]]:
+    """Return the title and the rows of each table that has any; the first row is its head."""
+    found: list[tuple[str, list[list[str]]]] = []
+    for (part, person), title in _TITLES.items():
+        rows = [cells(one) for one in report.results if (one.part, one.person) == (part, person)]
+        if rows:
+            found.append((title, [head(part), *rows]))
+    return found
+
+
 def terminal_table(report: Report) -> str:
-    """Lay the table out in columns."""
+    """Lay the tables out in columns."""
     lines: list[str] = []
-    for person in _persons(report):
-        rows = [list(_HEAD), *(cells(result) for result in report.results if result.person == person)]
-        widths = [max(len(row[index]) for row in rows) for index in range(len(_HEAD))]
-        lines += ["", _PERSONS.get(person, person)]
+    for title, rows in _tables(report):
+        widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+        lines += ["", title]
         lines += [
             "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
         ]
@@ -78,22 +101,12 @@ def terminal_table(report: Report) -> str:
 
 def markdown(report: Report) -> str:
     """Write the generated part of docs/performance.md, markers included."""
-    lines = [BEGIN, "", *_circumstances(report.facts)]
-    for person in _persons(report):
-        lines += ["", f"### {_PERSONS.get(person, person)}", ""]
-        lines += ["| " + " | ".join(_HEAD) + " |", "|---" * len(_HEAD) + "|"]
-        rows = [_emphasise(cells(result)) for result in report.results if result.person == person]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-    lines += [
-        "",
-        "Medians, quartiles in brackets.",
-        "",
-        *_missed(report),
-        "",
-        *_footnotes(report, bullet="- "),
-        "",
-        END,
-    ]
+    lines = [BEGIN, "", *_circumstances(report.facts), "", _LEGEND]
+    for title, (first, *rows) in _tables(report):
+        lines += ["", f"### {title}", "", "| " + " | ".join(first) + " |", "|---" * len(first) + "|"]
+        lines += ["| " + " | ".join(_emphasise(row)) + " |" for row in rows]
+    lines += ["", "### Goals that were missed", "", *_missed(report)]
+    lines += ["", "### Notes", "", *_footnotes(report, bullet="- "), "", END]
     return "\n".join(lines)
 
 
@@ -121,11 +134,11 @@ def _missed(report: Report) -> list[str]:
     for result in report.results:
         for miss in result.misses():
             against = "the goal" if miss.against == "limit" else miss.against
-            where = f"{result.what} ({result.person}) against {against}: {miss.by}"
+            where = f"{result.what} ({_where(result)}) against {against}: {miss.by}"
             reasons.setdefault(miss.why or "no reason is known yet", []).append(where)
     if not reasons:
         return ["Every goal was met."]
-    lines = ["Missed:", ""]
+    lines: list[str] = []
     for why, places in reasons.items():
         lines.append(f"- {'; '.join(places)}. Why: {why}.")
     return lines
@@ -133,7 +146,7 @@ def _missed(report: Report) -> list[str]:
 
 def _footnotes(report: Report, *, bullet: str) -> list[str]:
     lines = [
-        f"{result.what} ({result.person}): {result.extra.rstrip('; ')}" for result in report.results if result.extra
+        f"{result.what} ({_where(result)}): {result.extra.rstrip('; ')}" for result in report.results if result.extra
     ]
     absent: dict[tuple[str, str, str], list[str]] = {}
     for result in report.results:
@@ -144,13 +157,13 @@ def _footnotes(report: Report, *, bullet: str) -> list[str]:
     return [bullet + line for line in [*lines, *(_short(note) for note in report.notes)]]
 
 
+def _where(result: Result) -> str:
+    return f"{result.part}, {result.person}"
+
+
 def _short(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= 300 else f"{line[:150]} … {line[-140:]}"
-
-
-def _persons(report: Report) -> list[str]:
-    return list(dict.fromkeys(result.person for result in report.results))
 
 
 def write_docs(path: Path, report: Report) -> None:

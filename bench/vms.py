@@ -1,230 +1,267 @@
-"""Measure VMs: `bench/run-vms`. Boots beside the bare kernel's own, runs, bytes, folders against the root disk, memory.
+"""What is measured of VMs only, beside the bare kernel's own boot in QEMU. Used by __main__.
 
-Prints a Markdown table; with `--docs` writes it into docs/performance.md, between the marks of this module. Everything
-is made below one folder and removed at the end. Needs root, QEMU, and an Alpine root file system as its argument.
+`folders` and `reclaim` have no goal in numbers and take their time: they are run when asked for.
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
-import os
-import shutil
-import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
+from bench import measures
+from bench.contenders import SETUP_S, Berth
+from bench.goals import YARDSTICK, Goal, Result, Unit
+from bench.turns import STEADY, Place, ensure_steady, fresh_name, take_turns
+from bench.watch import BenchError, Step, Watch
+
+MIB = 1024 * 1024
+
+# Boots the same kernel and initramfs without a document: the agent finds none and powers off. argv: cpus, memory.
+_BARE = """
+import json, sys
 from berth import host
+from berth.agentbinary import find_agent
 from berth.engine.qemu.accel import probe
 from berth.engine.qemu.plan import kernel_command_line, qemu_program
+from berth.kernels.initramfs import make_initramfs
 from berth.kernels.store import Kernels
 from berth.layout import Layout
-
-ROOT = Path(__file__).resolve().parent.parent
-MIB = 1 << 20
-_BEGIN, _END = "<!-- bench/vms begins -->", "<!-- bench/vms ends -->"
-
-
-class Bench:
-    """One run: a machine, and what was measured of it."""
-
-    def __init__(self, folder: Path, image: str, rounds: int) -> None:
-        self.rows: list[tuple[str, str]] = []
-        self._rounds = rounds
-        self._image = image
-        places = {"DATA": "data", "RUNTIME": "run", "CONFIG": "config", "CACHE": "cache"}
-        roots = {f"BERTH_{kind}_DIR": str(folder / name) for kind, name in places.items()}
-        self.env = {**os.environ, **roots, "BERTH_ISOLATION": "vm"}
-        self.layout = Layout(*(folder / name for name in places.values()))
-
-    def berth(self, *words: str, input: bytes | None = None) -> bytes:
-        """Run a command of berth, which must succeed; return its stdout."""
-        argv = [sys.executable, "-m", "berth", *words]
-        return subprocess.run(argv, env=self.env, input=input or b"", stdout=subprocess.PIPE, check=True).stdout
-
-    def inside(self, script: str) -> str:
-        return self.berth("run", "-n", "m", "--root", "--", "sh", "-c", script).decode()
-
-    def seconds(self, act: Callable[[], object], *, before: Callable[[], object] = lambda: None) -> float:
-        """Return the median time of `act`, `before` each time unmeasured."""
-        taken: list[float] = []
-        for _ in range(self._rounds):
-            before()
-            started = time.monotonic()
-            act()
-            taken.append(time.monotonic() - started)
-        return statistics.median(taken)
-
-    def row(self, what: str, value: str) -> None:
-        self.rows.append((what, value))
-        sys.stdout.write(f"{what}: {value}\n")
-        sys.stdout.flush()
-
-    # What is measured ---------------------------------------------------------------------------------------------
-
-    def boots(self) -> None:
-        """Measure the kernel's own boot, then a machine's, of the same kernel on the same accelerator."""
-        self.berth("create", self._image, "--name", "m")
-        self.berth("stop", "m")
-        bare = self.seconds(self._boot_bare_kernel)
-        self.row("bare kernel: QEMU exec → first process → power off", f"{bare:.2f} s")
-        cold = self.seconds(lambda: self.berth("run", "-n", "m", "true"), before=lambda: self.berth("stop", "m"))
-        self.row("stopped → `run -- true` done, whole process", f"{cold:.2f} s = {cold / bare:.2f} × the bare kernel")
-        settled = self.seconds(
-            lambda: self.berth("wait", "m", "--for", "init"), before=lambda: self.berth("restart", "m")
-        )
-        self.row("agent answers → init settled", f"{settled:.2f} s")
-        stop = self.seconds(lambda: self.berth("stop", "m"), before=lambda: self.berth("start", "m"))
-        self.row("`stop` (busybox itself sleeps two of them)", f"{stop:.2f} s")
-        make = self.seconds(
-            lambda: self.berth("create", self._image, "--no-boot", "--name", "n"), before=self._no_second
-        )
-        disk = self.layout.machines / "n/vm"
-        self.row("a second machine from the same image, `create --no-boot`", f"{make * 1000:.0f} ms")
-        self.berth("start", "n")
-        size = sum(path.stat().st_blocks * 512 for path in disk.iterdir() if path.is_file())
-        self.row("its disk after the first boot", f"{size / MIB:.1f} MiB")
-        self._no_second()
-        self.berth("start", "m")
-
-    def _no_second(self) -> None:
-        subprocess.run([sys.executable, "-m", "berth", "rm", "-f", "n"], env=self.env, capture_output=True, check=False)
-
-    def _boot_bare_kernel(self) -> None:
-        """Boot the same kernel and initramfs without a document: the agent finds none and powers off."""
-        arch = host.architecture()
-        kernel = Kernels(self.layout).find(arch)
-        assert kernel is not None
-        initramfs = next(self.layout.initramfs.glob("*"))
-        accel = probe(self.layout, arch).kind
-        argv = [
-            qemu_program(arch), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-m", "1G",
-            "-smp", "2", "-machine", f"q35,accel={accel}" if arch == "amd64" else f"virt,accel={accel}",
-            "-cpu", "host" if accel == "kvm" else "max", *(["-bios", "qboot.rom"] if kernel.vmlinux else []),
-            "-kernel", str(kernel.vmlinux or kernel.image), "-initrd", str(initramfs),
-            "-append", kernel_command_line(arch, accel),
-        ]  # fmt: skip
-        subprocess.run(argv, stdin=subprocess.DEVNULL, check=True, timeout=120)
-
-    def runs(self) -> None:
-        once = self.seconds(lambda: [self.berth("run", "-n", "m", "true") for _ in range(10)]) / 10
-        self.row("`run -- true` in a running machine, whole process", f"{once * 1000:.0f} ms")
-        data = os.urandom(MIB) * 64
-        down = self.seconds(lambda: self.berth("run", "-n", "m", "--", "sh", "-c", "cat >/dev/null", input=data))
-        up = self.seconds(lambda: self.berth("run", "-n", "m", "--", "dd", "if=/dev/zero", "bs=1M", "count=64"))
-        self.row("64 MiB through `run`, host → guest / guest → host", f"{64 / down:.0f} / {64 / up:.0f} MiB/s")
-
-    def folders(self, home: Path) -> None:
-        """Compare the home (virtio-fs) with the machine's own disk."""
-        there = tempfile.mkdtemp(prefix="berth-bench-", dir=home)
-        try:
-            for name, folder in (("virtio-fs (home)", there), ("root disk", "/srv")):
-                write = self._timed(f"dd if=/dev/zero of={folder}/big bs=1M count=128 && sync")
-                self.inside("echo 3 > /proc/sys/vm/drop_caches")
-                read = self._timed(f"dd if={folder}/big of=/dev/null bs=1M")
-                make = self._timed(f"mkdir {folder}/d && cd {folder}/d && for i in $(seq 2000); do : > f$i; done")
-                look = self._timed(f"ls -l {folder}/d > /dev/null")
-                drop = self._timed(f"rm -r {folder}/d {folder}/big")
-                self.row(f"{name}: dd write / read", f"{128 / write:.0f} / {128 / read:.0f} MiB/s")
-                self.row(
-                    f"{name}: 2,000 files made / listed with ls -l / removed", f"{make:.2f} / {look:.2f} / {drop:.2f} s"
-                )
-        finally:
-            shutil.rmtree(there)
-
-    def _timed(self, script: str) -> float:
-        return self.seconds_once(lambda: self.inside(script))
-
-    def seconds_once(self, act: Callable[[], object]) -> float:
-        started = time.monotonic()
-        act()
-        return time.monotonic() - started
-
-    def memory(self) -> None:
-        pids = json.loads(self.berth("inspect", "m"))["pids"]
-        servers = json.loads((self.layout.live("m") / "vm.json").read_text())["servers"]  # type: ignore[arg-type]
-        beside = {"keeper": [pids["keeper"]], "virtiofsd": [server["pid"] for server in servers]}
-        for name, found in beside.items():
-            self.row(f"{name}, private memory", f"{sum(private(pid) for pid in found) / MIB:.1f} MiB")
-        before = resident(pids["vmm"])
-        self.inside("mount -t tmpfs -o size=1200m tmpfs /mnt && dd if=/dev/zero of=/mnt/x bs=1M count=1024 2>/dev/null")
-        peak = resident(pids["vmm"])
-        self.inside("umount /mnt")
-        sizes = [resident(pids["vmm"]) for _ in range(20) if not time.sleep(1)]  # type: ignore[func-returns-value]
-        words = " → ".join(f"{size / MIB:.0f}" for size in (before, peak, sizes[4], sizes[-1]))
-        self.row("QEMU: before → 1 GiB touched → 5 s after it was freed → 20 s", f"{words} MiB")
+layout, arch = Layout.from_environment(), host.architecture()
+accelerator, kernel = probe(layout, arch), Kernels(layout).find(arch)
+machine = "q35" if arch == "amd64" else "virt"
+argv = [
+    qemu_program(arch), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+    "-smp", sys.argv[1], "-m", sys.argv[2], "-machine", f"{machine},accel={accelerator.kind}",
+    "-cpu", "host" if accelerator.kind == "kvm" else "max", *(["-bios", "qboot.rom"] if kernel.vmlinux else []),
+    "-kernel", str(kernel.vmlinux or kernel.image),
+    "-initrd", str(make_initramfs(layout, kernel, find_agent(layout, arch))),
+    "-append", kernel_command_line(arch, accelerator.kind),
+]
+print(json.dumps({"kind": accelerator.kind, "reason": accelerator.reason, "kernel": kernel.version, "argv": argv}))
+"""
 
 
-def resident(pid: int) -> int:
-    """Bytes in memory, those shared with the guest's devices counted."""
-    return _field(Path(f"/proc/{pid}/status"), "VmRSS:")
+@dataclasses.dataclass(frozen=True, slots=True)
+class BareKernel:
+    """QEMU and a kernel that goes no further than its first process: what no machine can be quicker than."""
+
+    watch: Watch
+    argv: tuple[str, ...]
+    kind: str
+    reason: str
+    release: str
+    name: str = YARDSTICK
 
 
-def private(pid: int) -> int:
-    """Bytes that would be free without the process."""
-    path = Path(f"/proc/{pid}/smaps_rollup")
-    return _field(path, "Private_Dirty:") + _field(path, "Private_Clean:")
+@dataclasses.dataclass(slots=True)
+class VmPlace(Place):
+    """A place whose only contender is berth with VMs."""
+
+    bare: BareKernel | None = None
+
+    @property
+    def vm(self) -> Berth:
+        found = self.contenders[0]
+        assert isinstance(found, Berth)
+        return found
+
+    @property
+    def is_emulated(self) -> bool:
+        return self.bare is None or self.bare.kind == "tcg"
 
 
-def _field(path: Path, name: str) -> int:
-    for line in path.read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    return 0
+def find_bare_kernel(place: VmPlace) -> BareKernel:
+    """Ask berth, where it is installed, how it starts QEMU here. Raises BenchError."""
+    watch, sizes = place.berth.watch, (str(place.vm.cpus), place.vm.memory_size)
+    said = json.loads(watch.output(str(place.installed.python), "-c", _BARE, *sizes))
+    return BareKernel(watch, tuple(said["argv"]), said["kind"], said["reason"], said["kernel"])
 
 
-def table(bench: Bench) -> str:
-    """Make the Markdown."""
-    accel = probe(bench.layout, host.architecture())
-    kernel = Kernels(bench.layout).find(host.architecture())
-    host_facts = f"{os.cpu_count()} processors; {accel.reason}"
-    release = kernel.version if kernel else "?"
-    head = [
-        f"VMs on {accel.kind.upper()} ({host_facts}), kernel {release}, Alpine with busybox's init, as root. Medians.",
-        "",
-        "| what | measured |",
-        "|---|---|",
-    ]
-    return "\n".join([*head, *(f"| {what} | {value} |" for what, value in bench.rows)])
+def describe(bare: BareKernel) -> str:
+    """Say what carries the VMs."""
+    name = "KVM" if bare.kind == "kvm" else "TCG, QEMU's emulator"
+    return f"VMs run on {name} ({bare.reason}), with the kernel {bare.release}"
 
 
-def write_docs(path: Path, text: str) -> None:
-    """Put the table between this module's marks, at the end when there are none."""
-    page = path.read_text()
-    if _BEGIN not in page:
-        page = f"{page.rstrip()}\n\n## VMs\n\n{_BEGIN}\n{_END}\n"
-    before, _, rest = page.partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    path.write_text(f"{before}{_BEGIN}\n{text}\n{_END}{after}")
+# Start and stop ---------------------------------------------------------------------------------------------------
+
+KVM_COLD = Goal(at_most=500, why={"limit": "most of it is the kernel's own boot: see *bare kernel*"})
+TCG_COLD = Goal(
+    times={YARDSTICK: 1.5},
+    why={
+        YARDSTICK: "what berth adds is a Python process, the folder servers and the keeper on the host, and in the "
+        "guest, where each instruction is emulated, mounting the disk and the folders and the user's twin"
+    },
+)
 
 
-def main(words: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="bench/run-vms", description=__doc__)
-    parser.add_argument("rootfs", help="an Alpine root file system, tar.gz")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--docs", action="store_true", help="write the table into docs/performance.md")
-    options = parser.parse_args(words)
-    folder = Path(tempfile.mkdtemp(prefix="berth-vms-", dir="/tmp"))
-    bench = Bench(folder, f"rootfs:{options.rootfs}", options.rounds)
+def cold_start(place: VmPlace) -> list[Result]:
+    """Stop a settled machine, then time a command in it until it is done; beside it the bare kernel's boot."""
+    goal = TCG_COLD if place.is_emulated else KVM_COLD
+    cold = Result("vm-cold", place.person, "stopped → `run -- true` done", "s", goal, part="vm")
+    if not place.is_emulated:
+        cold.unit = "ms"
+    unit = 1.0 if cold.unit == "s" else 1000.0
+    settled = Result("vm-cold", place.person, "from then until systemd has settled", "s", part="vm")
+    stop = Result("vm-cold", place.person, "stop (the init powers off)", "s", part="vm")
+    if place.bare:
+        cold.extra = "bare kernel: QEMU's start, the kernel's boot, its first process, power off, QEMU's end"
+
+    def measure(one: Berth | BareKernel) -> float:
+        if isinstance(one, BareKernel):
+            return one.watch.time(Step(one.argv)) * unit
+        stopped = one.watch.time(*one.stop(STEADY))
+        started = one.watch.time(*one.run(STEADY, "true")) * unit
+        settling = one.watch.time(*one.settle(STEADY), deadline_s=SETUP_S)
+        stop.samples.setdefault(one.name, []).append(stopped)
+        settled.samples.setdefault(one.name, []).append(settling)
+        return started
+
+    everybody: list[Berth | BareKernel] = [place.vm] if ensure_steady(place, cold) else []
+    everybody += [place.bare] if place.bare else []
+    take_turns(cold, everybody, place.rounds(8, 2), measure)
+    return [cold, settled, stop]
+
+
+def run_command(place: VmPlace) -> list[Result]:
+    goal = Goal(at_most=60, why={"limit": "in the guest the fork and the exec of a program are emulated"})
+    what = "`run -- true` in a running machine, whole process"
+    result = Result("vm-run", place.person, what, "ms", goal, part="vm")
+    ready = ensure_steady(place, result)
+    take_turns(result, ready, place.rounds(40, 10), lambda one: one.watch.time(*one.run(STEADY, "true")) * 1000)
+    return [result]
+
+
+def create(place: VmPlace) -> list[Result]:
+    ready = Result("vm-create", place.person, "`create`, to agent ready", "s", part="vm")
+
+    def measure(one: Berth) -> float:
+        name = fresh_name("v")
+        seconds = one.watch.time(*one.launch(name))
+        one.watch.time(*one.remove(name))
+        return seconds
+
+    results = measures.create(place)
+    take_turns(ready, [place.vm], place.rounds(5, 3, share=0.4), measure)
+    return [*results, ready]
+
+
+# Bytes and memory -------------------------------------------------------------------------------------------------
+
+BULK_GOAL = Goal(
+    at_least=300,
+    why={"limit": "virtio-serial carries it in the guest, and `cat` and the agent are emulated, as is each copy"},
+)
+
+
+def bulk(place: VmPlace) -> list[Result]:
+    """The same as with containers, from and to a file in the guest's memory: the folders have numbers of their own."""
+    size = place.bulk_bytes
+    wanted = ("sh", "-c", f"head -c {size} {place.bulk_inside} > /dev/shm/bulk")
+    unmeasured = Result("vm-bulk", place.person, "", "MB/s")
+    for one in ensure_steady(place, unmeasured):
+        one.watch.time(*one.run(STEADY, *wanted))
+    return measures.measure_bulk(place, "/dev/shm/bulk", BULK_GOAL)  # noqa: S108 (the guest's)
+
+
+def memory(place: VmPlace) -> list[Result]:
+    """What stays on the host beside QEMU."""
+    what = "memory on the host for the supervisor of a running machine (the keeper), RSS"
+    keeper = Result("vm-memory", place.person, what, "MiB", Goal(at_most=30), part="vm")
+    servers = Result("vm-memory", place.person, "its folders' servers (virtiofsd) together, PSS", "MiB", part="vm")
+    for one in ensure_steady(place, keeper):
+        measures.add_memory(keeper, one.name, [process.rss for process in one.memory(STEADY)])
+        found = place.vm.folder_servers(STEADY)
+        measures.add_memory(servers, one.name, [process.pss for process in found])
+        servers.extra = f"{len(found)} processes"
+    return [keeper, servers]
+
+
+# When asked for ---------------------------------------------------------------------------------------------------
+
+
+def folders(place: VmPlace) -> list[Result]:
+    """A folder of the host's (virtio-fs) beside the machine's own disk."""
+    places = {"virtio-fs": "/bench-rw", "root disk": "/srv"}
+    name = fresh_name("f")
+    one, results = place.vm, list[Result]()
+
+    def inside(script: str) -> float:
+        return one.watch.time(*one.run_as_root(name, "sh", "-c", script))
+
+    folder = place.shared / f"rw-{place.person}"
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o777)
+    one.watch.time(*one.launch(name, mount=f"{folder}:/bench-rw"), *one.settle(name))
     try:
-        bench.boots()
-        bench.runs()
-        bench.folders(Path.home())
-        bench.memory()
-        text = table(bench)
+        for kind, path in places.items():
+            write = inside(f"dd if=/dev/zero of={path}/big bs=1M count=128 && sync")
+            inside("echo 3 > /proc/sys/vm/drop_caches")
+            read = inside(f"dd if={path}/big of=/dev/null bs=1M")
+            make = inside(f"mkdir {path}/d && cd {path}/d && for i in $(seq 2000); do : > f$i; done")
+            look = inside(f"ls -l {path}/d > /dev/null")
+            drop = inside(f"rm -r {path}/d {path}/big")
+            rows: list[tuple[str, Unit, float]] = [
+                ("128 MiB written by dd", "MB/s", 128 * MIB / 1e6 / write),
+                ("128 MiB read by dd", "MB/s", 128 * MIB / 1e6 / read),
+                ("2,000 files made", "s", make),
+                ("2,000 files listed by ls -l", "s", look),
+                ("all removed", "s", drop),
+            ]
+            for what, unit, value in rows:
+                result = Result("vm-folders", place.person, f"{kind}: {what}", unit, part="vm")
+                result.samples["berth"] = [value]
+                results.append(result)
     finally:
-        for name in ("n", "m"):
-            argv = [sys.executable, "-m", "berth", "rm", "-f", name]
-            subprocess.run(argv, env=bench.env, capture_output=True, check=False)
-        shutil.rmtree(folder, ignore_errors=True)
-    sys.stdout.write(f"\n{text}\n")
-    if options.docs:
-        write_docs(ROOT / "docs/performance.md", text)
+        one.watch.time(*one.remove(name))
+    return results
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def reclaim(place: VmPlace) -> list[Result]:
+    """What QEMU holds: before, with 1 GiB touched, and after that was freed."""
+    name, results = fresh_name("g"), list[Result]()
+    one = place.vm
+    one.watch.time(*one.launch(name, memory="2G"), *one.settle(name))
+
+    def look(what: str) -> None:
+        result = Result("vm-reclaim", place.person, f"QEMU's memory {what}, RSS", "MiB", part="vm")
+        measures.add_memory(result, "berth", [one.vmm_memory(name).rss])
+        results.append(result)
+
+    try:
+        look("after the boot")
+        touch = "mount -t tmpfs -o size=1200m tmpfs /mnt && dd if=/dev/zero of=/mnt/x bs=1M count=1024 2>/dev/null"
+        one.watch.time(*one.run_as_root(name, "sh", "-c", touch))
+        look("with 1 GiB touched")
+        one.watch.time(*one.run_as_root(name, "umount", "/mnt"))
+        for seconds, wait_s in ((5, 5), (20, 15)):
+            time.sleep(wait_s)
+            look(f"{seconds} s after that was freed")
+    finally:
+        one.watch.time(*one.remove(name))
+    return results
+
+
+BENCHMARKS: dict[str, Callable[[VmPlace], list[Result]]] = {
+    "vm-run": run_command,
+    "vm-memory": memory,
+    "vm-cold": cold_start,
+    "vm-bulk": bulk,
+    "vm-create": create,
+    "vm-folders": folders,
+    "vm-reclaim": reclaim,
+}
+WHEN_ASKED = ("vm-folders", "vm-reclaim")
+
+
+def set_up(place: VmPlace) -> list[str]:
+    """Have the image's disk made, and find out what VMs run on; return notes. Raises BenchError."""
+    place.say(f"{place.person}: setting up berth (vm)")
+    place.vm.setup_first()
+    try:
+        place.bare = find_bare_kernel(place)
+    except BenchError as error:
+        return [f"{place.person}: the bare kernel can't be booted: {error}"]
+    return [f"{place.person}: {describe(place.bare)}"]

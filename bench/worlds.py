@@ -72,6 +72,14 @@ def install(wheel: Path, python: str, folder: Path) -> Installed:
     return Installed(folder / "bin/berth", folder / "bin/python")
 
 
+# What brings a program that is measured beside berth; on Debian.
+_PACKAGES = {"systemd-nspawn": "systemd-container", "lxc-start": "lxc"}
+
+
+def install_hint(program: str) -> str:
+    return f"apt-get install {_PACKAGES.get(program, program)}"
+
+
 def roots_of(folder: Path) -> dict[str, str]:
     """Berth's four roots below `folder`, as environment variables."""
     places = {"DATA": "data", "RUNTIME": "run/berth", "CONFIG": "config", "CACHE": "cache"}

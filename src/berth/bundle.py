@@ -24,7 +24,6 @@ import contextlib
 import dataclasses
 import fcntl
 import os
-import secrets
 from collections.abc import Generator, Iterable
 from pathlib import Path
 
@@ -202,7 +201,7 @@ def create(layout: Layout, config: MachineConfig, boot: BootConfig) -> Generator
     with machines_lock(layout):
         check_free(layout, config.name)
         _sweep_partials(layout)
-        partial = layout.machines / f"{config.name}{_PARTIAL}{secrets.token_hex(4)}"
+        partial = layout.machines / f"{config.name}{_PARTIAL}{os.urandom(4).hex()}"
         partial.mkdir(mode=0o700)
         lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(lock, fcntl.LOCK_EX)  # alive: nobody sweeps it while this is held
@@ -258,7 +257,7 @@ def trash(layout: Layout) -> list[Path]:
 
 
 def _trash_path(layout: Layout, name: str) -> Path:
-    return layout.machines / f"{_TRASH}{name}-{secrets.token_hex(4)}"
+    return layout.machines / f"{_TRASH}{name}-{os.urandom(4).hex()}"
 
 
 def _sweep_partials(layout: Layout) -> None:

@@ -1,4 +1,4 @@
-"""The program that runs inside namespaces: `python -P -m berth.inside`, started by `berth.userns` only.
+"""The program that runs inside namespaces: a Python process that calls `main`, started by `berth.userns` only.
 
 It reads a request (one JSON line) from stdin, imports what it is to call, enters the namespace, becomes its root,
 calls, and answers in JSON lines on stdout: progress, then the result or the error.
@@ -113,7 +113,3 @@ def _become(argv: list[str], *, log: int | None = None) -> object:
     except OSError:
         os.dup2(answers, 1)
         raise
-
-
-if __name__ == "__main__":
-    main()

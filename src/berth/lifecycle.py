@@ -10,7 +10,6 @@ import builtins
 import contextlib
 import functools
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Generator, Iterator
@@ -195,6 +194,8 @@ class Machines:
             else:
                 for engine in all_engines(self.layout):
                     engine.end_stray(checked)
+                import shutil
+
                 shutil.rmtree(self.layout.live(checked), ignore_errors=True)
             addresses.release(self.layout, checked)
             bundles.delete(self.layout, checked)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
-import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,8 +44,12 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 def find_program(name: str) -> Path | None:
     """Find a program on the path that `run` uses; None when it is not installed."""
-    found = shutil.which(name, path=environment()["PATH"])
-    return Path(found) if found else None
+    # As shutil.which does, whose module takes 2 ms to import: it brings all that archives need.
+    for folder in [""] if "/" in name else environment()["PATH"].split(":"):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return Path(path)
+    return None
 
 
 def require_program(name: str, *, package: str) -> Path:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -34,6 +33,8 @@ def inside(name: str, function: Callable[..., object], arguments: Mapping[str, o
 
 def remove_tree(path: str) -> None:
     """`delete`, for whoever may touch the files."""
+    import shutil  # every start and create imports this module, few remove a tree
+
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(path)
 

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from bench import measures, vms
+from bench.__main__ import names_of_benchmarks
+from bench.budget import Budget, Rounds
 from bench.facts import Facts
-from bench.goals import Goal, Result, number, spread
+from bench.goals import YARDSTICK, Goal, Part, Result, number, spread
 from bench.imports import Import, own_imports, parse_importtime
-from bench.measures import BENCHMARKS, take_turns
-from bench.report import BEGIN, END, Report, cells, markdown, terminal_table, write_docs
+from bench.report import BEGIN, END, Report, cells, head, markdown, terminal_table, write_docs
 from bench.stopwatch import process_memory
+from bench.turns import take_turns
 from bench.watch import STOPWATCH, BenchError, Files, Step, Watch, watching
 
 FACTS = Facts(
@@ -69,16 +72,94 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
     assert number(value) == text
 
 
-def test_spread_shows_quartiles_where_there_are_enough() -> None:
-    assert spread([1, 2, 3]) == "2"
-    assert spread([1, 2, 3, 4, 5]) == "3 (1.50-4.50)"
+def test_spread_shows_the_middle_the_range_and_how_many() -> None:
+    assert spread([5.0]) == "5 ×1"
+    assert spread([1, 2, 3, 4, 50]) == "3 ±1 (1-50) ×5"
+
+
+def test_a_multiple_of_a_peer_is_a_goal() -> None:
+    goal = Goal(times={YARDSTICK: 1.5}, why={YARDSTICK: "it is more"})
+    boot = Result("vm-cold", "root", "cold", "s", goal, {"berth": [2.9], YARDSTICK: [2.0]}, part="vm")
+    assert goal.text("s") == "≤ 1.5 × bare kernel"
+    assert (boot.verdict(), boot.ratio()) == ("met", "1.45")
+    boot.samples["berth"] = [3.3]
+    assert [(miss.against, miss.why) for miss in boot.misses()] == [(YARDSTICK, "it is more")]
+    assert "3.30 s where 3 was wanted (1.1 ×)" in boot.misses()[0].by
+    del boot.samples[YARDSTICK]
+    assert boot.verdict() == "met (without bare kernel)"
+
+
+# How often, and for how long ---------------------------------------------------------------------------------------
+
+
+class Hands:
+    """A clock that is moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_time_is_shared_by_weight() -> None:
+    clock = Hands()
+    budget = Budget(60, {"a": 10, "b": 20, "c": 30}, clock)
+    assert budget.begin("a") == 10
+    clock.now += 10
+    assert budget.begin("b") == 20
+
+
+def test_what_took_longer_is_missed_by_the_others_and_at_last_none_is_left() -> None:
+    clock = Hands()
+    budget = Budget(60, {"a": 20, "b": 20, "c": 20}, clock)
+    budget.begin("a")
+    clock.now += 40
+    assert budget.begin("b") == 10
+    clock.now += 40
+    assert budget.begin("c") == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "warm_up", "taken"),
+    [
+        (100.0, True, 10),  # enough for all
+        (6.5, True, 5),  # one second each and one for the round that does not count
+        (6.5, False, 6),
+        (3.0, True, 3),  # the least: they take no more than twice the time
+        (2.0, True, 3),
+        (1.0, True, 1),
+        (0.0, True, 1),
+    ],
+)
+def test_rounds_go_by_what_a_round_takes(seconds: float, taken: int, *, warm_up: bool) -> None:
+    clock, row = Hands(), result()
+
+    class One:
+        name = "berth"
+
+    def measure(_one: One) -> float:
+        clock.now += 1
+        return 7.0
+
+    take_turns(row, [One()], Rounds(3, 10, seconds), measure, warm_up=warm_up, clock=clock)
+    assert row.samples == {"berth": [7.0] * taken}
+
+
+def test_each_benchmark_has_its_share_of_the_time() -> None:
+    assert {*measures.BENCHMARKS, *vms.BENCHMARKS} | {"pull", "adapt"} == set(names_of_benchmarks())
 
 
 def report() -> Report:
     slow = result(berth=[90], lxc=[6])
     slow.extra = "2 modules"
     slow.absent["podman"] = "podman: status 125: no"
-    return Report(FACTS, [slow, Result("stop", "user", "stop", "ms", None, {"berth": [1.0, 2.0]})], ["a note"])
+    others = [
+        Result("stop", "user", "stop", "ms", None, {"berth": [1.0, 2.0]}),
+        Result("vm-cold", "root", "boot", "s", Goal(times={YARDSTICK: 1.5}), {"berth": [2.0]}, part="vm"),
+        Result("pull", "root", "pull", "s", None, {"berth": [1.0], "skopeo": [2.0]}, part="image"),
+    ]
+    return Report(FACTS, [slow, *others], ["a note"])
 
 
 def test_a_report_survives_its_json() -> None:
@@ -93,15 +174,25 @@ def test_another_schema_is_refused() -> None:
 
 def test_the_tables_hold_everything() -> None:
     for text in (terminal_table(report()), markdown(report())):
-        for words in ("As root", "As an ordinary user", "`run -- true`", "missed", "2 modules", "status 125", "a note"):
+        for words in (
+            "Containers, as root", "Containers, as an ordinary user", "VMs, as root", "Images, as root",
+            "`run -- true`", "missed", "2 modules", "status 125", "a note", "skopeo", YARDSTICK,
+        ):  # fmt: skip
             assert words in text
+        assert "VMs, as an ordinary user" not in text  # nothing was measured there
     text = markdown(report())
     assert "it is in C" in text
     assert "Linux 6.18.5" in text
     assert "Other programs were running" not in text
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in rows}) == 1
-    assert len(cells(report().results[0])) == rows[0].count("|") - 1
+    for table in text.split("### ")[1:]:
+        rows = [line for line in table.splitlines() if line.startswith("|")]
+        assert len({line.count("|") for line in rows}) <= 1
+
+
+@pytest.mark.parametrize("part", ["container", "vm", "image"])
+def test_a_row_has_the_columns_of_its_table(part: Part) -> None:
+    row = dataclasses.replace(result(), part=part)
+    assert len(cells(row)) == len(head(part))
 
 
 def test_a_busy_machine_is_told() -> None:
@@ -127,8 +218,8 @@ def test_docs_are_rewritten_between_the_markers(tmp_path: Path) -> None:
 def test_the_docs_have_the_markers() -> None:
     text = (Path(__file__).parents[2] / "docs/performance.md").read_text()
     assert 0 < text.index(BEGIN) < text.index(END)
-    for name in BENCHMARKS:
-        assert name in text
+    for name in names_of_benchmarks():
+        assert f" {name}" in text
 
 
 def test_importtime_is_read() -> None:
@@ -222,7 +313,7 @@ def test_turns_drop_whoever_fails_and_the_first_round() -> None:
         return float(len(calls))
 
     row = result()
-    take_turns(row, [Fake("good"), Fake("bad")], 2, measure)  # type: ignore[arg-type, list-item]
+    take_turns(row, [Fake("good"), Fake("bad")], Rounds(2, 2, 60), measure)
     assert row.samples == {"good": [3.0, 5.0]}
     assert row.absent == {"bad": "broke"}
     assert calls == ["good", "bad", "good", "bad", "good"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
@@ -111,6 +110,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def width() -> int:
+    import shutil  # for a help text only
+
     return max(60, min(100, shutil.get_terminal_size((100, 24)).columns))
 
 

@@ -6,7 +6,6 @@ Own code, and not `rich`: importing rich costs 21 to 50 ms of a create that take
 from __future__ import annotations
 
 import contextlib
-import shutil
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -67,6 +66,12 @@ class Lines:
             self._stream.flush()
 
 
+def _columns() -> int:
+    import shutil  # only a terminal has a bar
+
+    return shutil.get_terminal_size().columns
+
+
 class Bar:
     """Progress as one line that is drawn again and again, and gone at the end."""
 
@@ -76,7 +81,7 @@ class Bar:
         self._stream = stream
         self._clock = clock
         self._bold = colour_wanted(stream)
-        self._columns = columns or (lambda: shutil.get_terminal_size().columns)
+        self._columns = columns or _columns
         self._transfer = Transfer(clock)
         self._step = ""
         self._drawn = -1.0

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
-from berth import syscalls, userns
+from berth import userns
 from berth.agentbinary import find_agent
 from berth.errors import BerthError, DeadlineError
 from berth.layout import Layout
@@ -101,6 +101,8 @@ def _borrow_tap(vmm: Process) -> int | None:
     try:
         for name in os.listdir(f"/proc/{vmm.pid}/fd"):
             if os.readlink(f"/proc/{vmm.pid}/fd/{name}") == "/dev/net/tun":
+                from berth import syscalls  # it brings ctypes, which root's machines have no use for here
+
                 return syscalls.pidfd_getfd(pidfd, int(name))
         return None
     finally:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import shutil
 import signal
 import stat
 from collections.abc import Sequence
@@ -146,6 +145,8 @@ def teardown(layout: Layout) -> None:
             _remove_from_host(layout)
         else:
             _end_hub(layout, found)
+        import shutil  # only here, and every start imports this module
+
         for folder in (layout.hub, layout.hub_hosts):
             shutil.rmtree(folder, ignore_errors=True)
         layout.hub_lock.unlink(missing_ok=True)
