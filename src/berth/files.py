@@ -16,21 +16,33 @@ from berth.errors import BerthError, StateFormatError
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Replace `path` by `data`: a reader, or a crash, finds the old file or the new, never half of one.
 
-    One writer at a time, by the caller's lock or by the file's nature; the partial file is removed on failure.
+    One writer at a time, by the caller's lock or by the file's nature; the partial file is removed on failure, and that
+    of a writer who was killed by the next one. An OSError names `path`.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
+        _sweep_partials(path)
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
         with open(fd, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(fd)
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
+        if isinstance(error, OSError):  # of a write it names nothing, else our partial file, which nobody knows
+            raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
     sync_directory(path.parent)
+
+
+def _sweep_partials(path: Path) -> None:
+    """Remove what writers of `path` left that were killed: the file's name holds their process id."""
+    for name in os.listdir(path.parent):
+        number = name.removeprefix(f"{path.name}.").removesuffix(".partial")
+        if number.isdecimal() and name == f"{path.name}.{number}.partial" and not os.path.exists(f"/proc/{number}"):
+            (path.parent / name).unlink(missing_ok=True)
 
 
 def sync_directory(path: Path) -> None:

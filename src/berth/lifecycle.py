@@ -194,10 +194,12 @@ class Machines:
             else:
                 for engine in all_engines(self.layout):
                     engine.end_stray(checked)
-                shutil.rmtree(self.layout.live(checked), ignore_errors=True)
-            addresses.release(self.layout, checked)
+            shutil.rmtree(self.layout.live(checked), ignore_errors=True)
             bundles.delete(self.layout, checked)
-        self._empty_trash()
+        self._empty_trash()  # first of all: the disk may be full, and then nothing else can be written
+        with contextlib.suppress(OSError):  # the disk is still full: the machine has gone, its address goes later
+            # By what is there, not by name: somebody may be making a machine of this name again.
+            addresses.sweep(self.layout)
         if not bundles.list_bundles(self.layout):
             self._end_network()
 
@@ -460,6 +462,7 @@ class Machines:
         progress = progress or Silent()
         progress.step("removing deleted machines")
         self._empty_trash()
+        addresses.sweep(self.layout)
         progress.step("removing unused images")
         self.images.prune(self.images_in_use)
         self.prune_templates()
@@ -527,8 +530,12 @@ class Machines:
             return None
 
     def _machine(self, bundle: Bundle, config: MachineConfig, boot: BootConfig) -> Machine:
-        # `allocate` gives the one it has; a lost address book costs the address, not the machine.
-        return Machine(bundle, config, boot, addresses.allocate(self.layout, bundle.name))
+        try:
+            address = addresses.lookup(self.layout, bundle.name)  # writes nothing: `ls` works on a read-only disk
+        except NotFoundError:
+            # A lost address book costs the address, not the machine.
+            address = addresses.allocate(self.layout, bundle.name)
+        return Machine(bundle, config, boot, address)
 
     def _engine(self, machine: Machine) -> Engine:
         return engine_for(machine.config.isolation, self.layout)
@@ -539,8 +546,9 @@ class Machines:
         path = Bundle(self.layout, name).run_lock
         try:
             with locks.hold(path, timeout_s=_LOCK_S, what=f"machine '{name}'") as fd:
-                os.ftruncate(fd, 0)
-                os.write(fd, doing.encode())
+                with contextlib.suppress(OSError):  # on a full disk: it is a word for `ls`, and `rm` must go on
+                    os.ftruncate(fd, 0)
+                    os.write(fd, doing.encode())
                 yield
         except FileNotFoundError:
             if os.path.lexists(self.layout.bundle(name)):
