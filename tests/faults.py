@@ -127,6 +127,8 @@ def choose(seed: int, rounds: int, scenarios: Sequence[str], record: Callable[[s
         kind = dice.choice(["kill", "kill", "ENOSPC", "EROFS", *(["helper"] * 4 if helper else [])])
         if kind != "helper":
             calls = [call for call in record(name) if kind == "kill" or call in _FILE_CHANGES]
+            if not calls:  # it changes no file
+                kind, calls = "kill", record(name)
             position = dice.randrange(len(calls))
             error = "" if kind == "kill" else f"={kind}"
             yield Point(name, f"cli.{calls[position]}{error}", calls[: position + 1].count(calls[position]))
@@ -504,4 +506,4 @@ def _is_victim(line: bytes, pattern: bytes) -> bool:
 
 def _words_of(line: bytes) -> str:
     """Show a command line without the descriptors and process ids in it."""
-    return re.sub(r" --(console-fd|pid) \d+", "", line.replace(b"\0", b" ").decode(errors="replace")).strip()
+    return re.sub(r" --(console-fd|pid) \d+|/proc/\d+", "", line.replace(b"\0", b" ").decode(errors="replace")).strip()

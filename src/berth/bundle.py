@@ -33,13 +33,12 @@ from berth.config import BootConfig, MachineConfig
 from berth.errors import BerthError, ExistsError, NotFoundError, StateFormatError
 from berth.layout import Layout
 from berth.log import log
-from berth.names import MachineName, parse_machine_name
+from berth.names import HIDDEN, MachineName, parse_machine_name
 
 SCHEMA = 1  # of config.json and of boot-config.json
 
 _PARTIAL = ".partial-"
 _TRASH = ".trash-"
-HIDDEN = ".adapt-"
 _LOCKS = ("edit.lock", "run.lock")  # made with the bundle: on a full disk it must be possible to remove it
 _LOCK_S = 30.0  # edits take milliseconds: who waits longer meets something stuck
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 from berth.errors import BerthError, StateFormatError
+
+_PARTIAL = re.compile(r"(.+)\.([0-9]+)\.partial")  # of `write_atomic`
 
 
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o600) -> None:
@@ -21,7 +24,7 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        _sweep_partials(path)
+        sweep_partials(path.parent, path.name)
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
         with open(fd, "wb") as file:
             file.write(data)
@@ -37,12 +40,15 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     sync_directory(path.parent)
 
 
-def _sweep_partials(path: Path) -> None:
-    """Remove what writers of `path` left that were killed: the file's name holds their process id."""
-    for name in os.listdir(path.parent):
-        number = name.removeprefix(f"{path.name}.").removesuffix(".partial")
-        if number.isdecimal() and name == f"{path.name}.{number}.partial" and not os.path.exists(f"/proc/{number}"):
-            (path.parent / name).unlink(missing_ok=True)
+def sweep_partials(folder: Path, name: str = "") -> None:
+    """Remove what writers of `name` (of any file) in a folder left that were killed; absent is fine.
+
+    The partial file's name holds the process id of its writer.
+    """
+    for found in os.listdir(folder) if folder.is_dir() else ():
+        match = _PARTIAL.fullmatch(found)
+        if match and name in ("", match[1]) and not os.path.exists(f"/proc/{match[2]}"):
+            (folder / found).unlink(missing_ok=True)
 
 
 def sync_directory(path: Path) -> None:
@@ -50,6 +56,8 @@ def sync_directory(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(fd)
 

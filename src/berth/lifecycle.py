@@ -25,7 +25,7 @@ from berth.config import BootConfig, Change, HostUser, MachineConfig, apply_assi
 from berth.engine.base import STOPPED, Engine, Liveness, Machine
 from berth.engine.select import all_engines, choose_isolation, engine_for
 from berth.errors import BerthError, BootError, DeadlineError, InvalidStateError, NotFoundError
-from berth.files import load_json
+from berth.files import load_json, sweep_partials
 from berth.layout import Layout
 from berth.log import log
 from berth.machineinfo import MachineInfo, Status
@@ -116,7 +116,7 @@ class Machines:
         progress = progress or Silent()
         checked = parse_machine_name(name) if name is not None else self._free_name(reference)
         bundles.check_free(self.layout, checked)
-        self._sweep_adapting()
+        self.sweep_adapting()
         self.layout.agent_socket(checked)  # refuses a path too long before the work, not after
         boot_config = boot_config or BootConfig()
         if isolation == "auto" and (boot_config.kernel or boot_config.virtualization):
@@ -208,7 +208,7 @@ class Machines:
         with contextlib.suppress(InvalidStateError):
             teardown(self.layout)
 
-    def _sweep_adapting(self) -> None:
+    def sweep_adapting(self) -> None:
         """Remove what a killed berth left of adapting an image."""
         if bundles.list_hidden(self.layout):
             from berth.adapt.workshop import sweep
@@ -216,7 +216,7 @@ class Machines:
             sweep(self.layout)
 
     def _empty_trash(self) -> None:
-        self._sweep_adapting()
+        self.sweep_adapting()
         for path in bundles.trash(self.layout):
             trees.delete(path)
 
@@ -463,6 +463,9 @@ class Machines:
         progress.step("removing deleted machines")
         self._empty_trash()
         addresses.sweep(self.layout)
+        written = [self.layout.data, self.layout.cache, self.layout.hub, self.layout.hub_machines]
+        for folder in [*written, *(listed.bundle.path for listed in bundles.list_bundles(self.layout))]:
+            sweep_partials(folder)
         progress.step("removing unused images")
         self.images.prune(self.images_in_use)
         self.prune_templates()
