@@ -38,6 +38,15 @@ settings.register_profile("berth", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("berth")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a run look for more faults than the suite has time for (tests/integration/test_kills.py)."""
+    group = parser.getgroup("faults", "faults on purpose")
+    group.addoption("--faults", type=int, default=0, metavar="ROUNDS", help="how many points to draw")
+    group.addoption("--faults-seed", type=int, default=1, metavar="N", help="which points are drawn")
+    group.addoption("--faults-of", default="", metavar="SCENARIO,…", help="draw them from these scenarios only")
+    group.addoption("--faults-at", default="", metavar="POINT,…", help="these points: SCENARIO:VICTIM:NUMBER")
+
+
 def pytest_configure() -> None:
     """Stop early where BERTH_REQUIRE is misspelt; take signals as a person's shell gives them.
 

@@ -93,6 +93,7 @@ FEATURES: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "shellcheck": _program("shellcheck"),
     "skopeo": _program("skopeo"),
+    "strace": _program("strace"),
     "systemd": lambda: None if os.path.isdir("/run/systemd/system") else "systemd does not run this host",
     "umoci": _program("umoci"),
     "user": _user,

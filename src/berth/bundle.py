@@ -32,13 +32,13 @@ from berth.config import BootConfig, MachineConfig
 from berth.errors import BerthError, ExistsError, NotFoundError, StateFormatError
 from berth.layout import Layout
 from berth.log import log
-from berth.names import MachineName, parse_machine_name
+from berth.names import HIDDEN, MachineName, parse_machine_name
 
 SCHEMA = 1  # of config.json and of boot-config.json
 
 _PARTIAL = ".partial-"
 _TRASH = ".trash-"
-HIDDEN = ".adapt-"
+_LOCKS = ("edit.lock", "run.lock")  # made with the bundle: on a full disk it must be possible to remove it
 _LOCK_S = 30.0  # edits take milliseconds: who waits longer meets something stuck
 
 
@@ -224,7 +224,8 @@ def _fill(partial: Path, config: MachineConfig, boot: BootConfig) -> None:
     for directory in ("container", "container/upper", "container/work", "container/plain", "container/private", "logs"):
         (partial / directory).mkdir(mode=0o700)
     (partial / "container/upper").chmod(0o755)  # the machine sees this mode on its /, whatever our umask is
-    (partial / "edit.lock").touch(mode=0o600)
+    for name in _LOCKS:
+        (partial / name).touch(mode=0o600)
     files.save_json(partial / "config.json", config.to_json(), schema=SCHEMA)
     files.save_json(partial / "boot-config.json", boot.to_json(), schema=SCHEMA)
 
@@ -294,7 +295,7 @@ def _remove_small(directory: Path) -> None:
     """Remove what `_fill` made. Anything a caller added stays, with its parents: `trash` lists it."""
     for folder in ("container/upper", "container/work", "container/plain", "container/private"):
         (directory / folder).rmdir()
-    for name in ("config.json", "boot-config.json", "edit.lock"):
+    for name in ("config.json", "boot-config.json", *_LOCKS):
         (directory / name).unlink(missing_ok=True)
     for folder in ("container", "logs", "."):
         (directory / folder).rmdir()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, cast
 
 from berth.errors import BerthError, InvalidArgumentError, NotFoundError, StateFormatError
-from berth.names import MachineName, parse_machine_name
+from berth.names import MachineName, parse_bundle_name
 from berth.units import GIB, MIB, format_size, parse_size
 
 HomeMount = Literal["rw", "ro", "none"]
@@ -125,7 +125,7 @@ class MachineConfig:
         reader = _Reader(doc, where)
         image = _Reader(reader.member("image"), f"{where}: image")
         return cls(
-            name=MachineName(reader.checked("name", parse_machine_name)),
+            name=MachineName(reader.checked("name", parse_bundle_name)),
             id=reader.matching("id", _ID),
             image_reference=image.text("reference"),
             image_digest=image.matching("digest", _DIGEST),

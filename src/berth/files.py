@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,25 +13,42 @@ from typing import cast
 
 from berth.errors import BerthError, StateFormatError
 
+_PARTIAL = re.compile(r"(.+)\.([0-9]+)\.partial")  # of `write_atomic`
+
 
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Replace `path` by `data`: a reader, or a crash, finds the old file or the new, never half of one.
 
-    One writer at a time, by the caller's lock or by the file's nature; the partial file is removed on failure.
+    One writer at a time, by the caller's lock or by the file's nature; the partial file is removed on failure, and that
+    of a writer who was killed by the next one. An OSError names `path`.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
+        sweep_partials(path.parent, path.name)
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
         with open(fd, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(fd)
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
+        if isinstance(error, OSError):  # of a write it names nothing, else our partial file, which nobody knows
+            raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
     sync_directory(path.parent)
+
+
+def sweep_partials(folder: Path, name: str = "") -> None:
+    """Remove what writers of `name` (of any file) in a folder left that were killed; absent is fine.
+
+    The partial file's name holds the process id of its writer.
+    """
+    for found in os.listdir(folder) if folder.is_dir() else ():
+        match = _PARTIAL.fullmatch(found)
+        if match and name in ("", match[1]) and not os.path.exists(f"/proc/{match[2]}"):
+            (folder / found).unlink(missing_ok=True)
 
 
 def sync_directory(path: Path) -> None:
@@ -38,6 +56,8 @@ def sync_directory(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(fd)
 

@@ -26,7 +26,7 @@ from berth.engine.base import STOPPED, Engine, Liveness, Machine
 from berth.engine.select import all_engines, choose_isolation, engine_for
 from berth.engine.unpacking import Ahead, make_template
 from berth.errors import BerthError, BootError, DeadlineError, InvalidStateError, NotFoundError
-from berth.files import load_json
+from berth.files import load_json, sweep_partials
 from berth.layout import Layout
 from berth.log import log
 from berth.machineinfo import MachineInfo, Status
@@ -117,7 +117,7 @@ class Machines:
         progress = progress or Silent()
         checked = parse_machine_name(name) if name is not None else self._free_name(reference)
         bundles.check_free(self.layout, checked)
-        self._sweep()
+        self.sweep_unfinished()
         self.layout.agent_socket(checked)  # refuses a path too long before the work, not after
         boot_config = boot_config or BootConfig()
         if isolation == "auto" and (boot_config.kernel or boot_config.virtualization):
@@ -194,12 +194,15 @@ class Machines:
             else:
                 for engine in all_engines(self.layout):
                     engine.end_stray(checked)
+            if os.path.lexists(self.layout.live(checked)):  # of a start that was killed, or of a damaged bundle
                 import shutil
 
                 shutil.rmtree(self.layout.live(checked), ignore_errors=True)
-            addresses.release(self.layout, checked)
             bundles.delete(self.layout, checked)
-        self._empty_trash()
+        self._empty_trash()  # first of all: the disk may be full, and then nothing else can be written
+        with contextlib.suppress(OSError):  # the disk is still full: the machine has gone, its address goes later
+            # By what is there, not by name: somebody may be making a machine of this name again.
+            addresses.sweep(self.layout)
         if not bundles.list_bundles(self.layout):
             self._end_network()
 
@@ -208,7 +211,7 @@ class Machines:
         with contextlib.suppress(InvalidStateError):
             teardown(self.layout)
 
-    def _sweep(self) -> None:
+    def sweep_unfinished(self) -> None:
         """Remove what a killed berth left of unpacking an image ahead, and of adapting one."""
         unpacking.sweep(self.layout)
         if bundles.list_hidden(self.layout):
@@ -217,7 +220,7 @@ class Machines:
             workshop.sweep(self.layout)
 
     def _empty_trash(self) -> None:
-        self._sweep()
+        self.sweep_unfinished()
         for path in bundles.trash(self.layout):
             trees.delete(path)
 
@@ -463,6 +466,10 @@ class Machines:
         progress = progress or Silent()
         progress.step("removing deleted machines")
         self._empty_trash()
+        addresses.sweep(self.layout)
+        written = [self.layout.data, self.layout.cache, self.layout.hub, self.layout.hub_machines]
+        for folder in [*written, *(listed.bundle.path for listed in bundles.list_bundles(self.layout))]:
+            sweep_partials(folder)
         progress.step("removing unused images")
         self.images.prune(self.images_in_use)
         self.prune_templates()
@@ -530,8 +537,12 @@ class Machines:
             return None
 
     def _machine(self, bundle: Bundle, config: MachineConfig, boot: BootConfig) -> Machine:
-        # `allocate` gives the one it has; a lost address book costs the address, not the machine.
-        return Machine(bundle, config, boot, addresses.allocate(self.layout, bundle.name))
+        try:
+            address = addresses.lookup(self.layout, bundle.name)  # writes nothing: `ls` works on a read-only disk
+        except NotFoundError:
+            # A lost address book costs the address, not the machine.
+            address = addresses.allocate(self.layout, bundle.name)
+        return Machine(bundle, config, boot, address)
 
     def _engine(self, machine: Machine) -> Engine:
         return engine_for(machine.config.isolation, self.layout)
@@ -542,8 +553,9 @@ class Machines:
         path = Bundle(self.layout, name).run_lock
         try:
             with locks.hold(path, timeout_s=_LOCK_S, what=f"machine '{name}'") as fd:
-                os.ftruncate(fd, 0)
-                os.write(fd, doing.encode())
+                with contextlib.suppress(OSError):  # on a full disk: it is a word for `ls`, and `rm` must go on
+                    os.ftruncate(fd, 0)
+                    os.write(fd, doing.encode())
                 yield
         except FileNotFoundError:
             if os.path.lexists(self.layout.bundle(name)):

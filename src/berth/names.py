@@ -11,6 +11,8 @@ from berth.fastpath import is_machine_name
 
 MachineName = NewType("MachineName", str)
 
+HIDDEN = ".adapt-"  # begins the names of throw-away machines, which nobody can give and no list shows
+
 _TRANSPORTS = ("docker", "oci", "oci-archive", "docker-archive", "rootfs", "bootstrap")
 # Source: distribution-spec v1.1, "Pulling manifests": <name>, <reference>; docker's reference grammar for the domain.
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -27,6 +29,13 @@ def parse_machine_name(text: str) -> MachineName:
             hint="a name has 1 to 63 lower-case letters, digits and '-', and must start and end with a letter or digit",
         )
     return MachineName(text)
+
+
+def parse_bundle_name(text: str) -> MachineName:
+    """Check the name of a machine or of a throw-away one."""
+    if text.startswith(HIDDEN) and is_machine_name(text[1:]):
+        return MachineName(text)
+    return parse_machine_name(text)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -200,9 +200,11 @@ def test_a_damaged_bundle_is_listed_and_can_be_removed(
 def test_a_running_machine_with_a_damaged_bundle_ends_with_it(person: Person, machine: Callable[..., str]) -> None:
     name = machine()
     init = person.main_pid(name)
+    identity = json.loads((person.layout.bundle(name) / "config.json").read_text())["id"]  # type: ignore[arg-type]
     (person.layout.bundle(name) / "config.json").write_text("{garbage")  # type: ignore[arg-type]
     person.berth("rm", "-f", name)
     _wait(lambda: _gone(init), "it still runs")
+    assert not (person.layout.crun / f"berth-{identity[:12]}").exists(), "crun still knows it"
 
 
 @pytest.mark.container("VMs need no crun")

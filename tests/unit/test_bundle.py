@@ -104,6 +104,12 @@ class TestCreate:
             assert bundles.trash(layout) == []
         assert entries(layout) == ["dev", "test"]
 
+    def test_a_throw_away_machine_is_read_like_any_other(self, layout: Layout) -> None:
+        make(layout, ".adapt-0a1b2c3d")
+        (hidden,) = bundles.list_hidden(layout)
+        assert (hidden.problem, hidden.config) == (None, config(".adapt-0a1b2c3d"))
+        assert bundles.list_bundles(layout) == []
+
     def test_many_at_once_one_wins(self, layout: Layout) -> None:
         results: list[str] = []
 

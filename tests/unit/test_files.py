@@ -43,6 +43,16 @@ def test_a_crash_leaves_the_old_file(tmp_path: Path, step: str) -> None:
     assert path.read_bytes() == b"old"
     files.write_atomic(path, b"next")  # what the crash left is in nobody's way
     assert path.read_bytes() == b"next"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_another_writers_partial_file_is_left_alone(tmp_path: Path) -> None:
+    alive, another = tmp_path / "file.1.partial", tmp_path / "file.json.999999999.partial"
+    for path in (alive, another):
+        path.touch()
+    files.write_atomic(tmp_path / "file", b"data")
+    assert alive.exists(), "of a process that lives"
+    assert another.exists(), "of another file"
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +60,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left.*/file'"):
         files.write_atomic(tmp_path / "file", b"data")
     assert os.listdir(tmp_path) == []
 

@@ -16,7 +16,7 @@ from berth.errors import BerthError, ExistsError, NotFoundError, StateFormatErro
 from berth.layout import Layout
 from berth.names import MachineName
 from berth.net import addresses
-from berth.net.addresses import Address, allocate, lookup, plan_address, plan_interface, release, rename
+from berth.net.addresses import Address, allocate, lookup, plan_address, plan_interface, release, rename, sweep
 from berth.net.subnet import Subnet, choose_subnet
 
 DEV, WEB, DB = MachineName("dev"), MachineName("web"), MachineName("db")
@@ -146,3 +146,15 @@ def test_bridge_is_named_after_an_unusual_place(book: Layout, monkeypatch: pytes
     assert elsewhere.startswith("berth-")
     assert len(elsewhere) <= 15
     assert elsewhere != addresses.bridge_name(dataclasses.replace(book, data=Path("/tmp/y")))
+
+
+def test_the_address_of_a_machine_that_never_came_to_be_is_free_again(book: Layout) -> None:
+    (book.machines / "dev").mkdir(parents=True)
+    (book.machines / "web.partial-0123abcd").mkdir()  # being made now
+    kept = [allocate(book, name) for name in (DEV, WEB)]
+    lost = allocate(book, DB)
+    sweep(book)
+    assert [lookup(book, name) for name in (DEV, WEB)] == kept
+    with pytest.raises(NotFoundError):
+        lookup(book, DB)
+    assert allocate(book, MachineName("other")) == lost

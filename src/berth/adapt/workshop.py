@@ -30,7 +30,7 @@ from berth.engine.unpacking import Ahead, make_template
 from berth.errors import BerthError, BusyError, DeadlineError
 from berth.layout import Layout
 from berth.log import log
-from berth.names import MachineName
+from berth.names import HIDDEN, MachineName
 from berth.net import addresses
 from berth.oci.diff import Digests, layer_of
 from berth.progress import Progress, Silent
@@ -90,7 +90,7 @@ def workshop(
     layout: Layout, images: Images, image: StoredImage, progress: Progress, ahead: Ahead | None = None
 ) -> Generator[Workshop]:
     """Start a throw-away machine of `image`; nothing of it is left at the end. `adapting` is held."""
-    name = MachineName(f"{bundles.HIDDEN}{secrets.token_hex(4)}")
+    name = MachineName(f"{HIDDEN}{secrets.token_hex(4)}")
     config = MachineConfig(
         name=name, id=uuid.uuid4().hex, image_reference=image.reference or image.digest, image_digest=image.digest,
         platform=image.platform, isolation="container", created=utc_now(), user=HostUser.current(), init=(),

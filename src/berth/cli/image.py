@@ -225,7 +225,9 @@ def _rm(parser: Parser) -> Handler:
 
 
 def _do_rm(args: argparse.Namespace) -> int:
-    for removed in _images().remove(args.images, common.machines().images_in_use):
+    machines = common.machines()
+    machines.sweep_unfinished()  # or a berth that was killed would use its image for good
+    for removed in _images().remove(args.images, machines.images_in_use):
         emit(removed)
     return 0
 
@@ -244,7 +246,9 @@ def _prune(parser: Parser) -> Handler:
 
 
 def _do_prune(args: argparse.Namespace) -> int:
-    removed, freed = _images().prune(common.machines().images_in_use, unused=args.all)
+    machines = common.machines()
+    machines.sweep_unfinished()
+    removed, freed = _images().prune(machines.images_in_use, unused=args.all)
     for digest in removed:
         emit(digest)
     say(f"{format_size(freed)} freed")

@@ -96,7 +96,10 @@ def listening(path: Path, *, keep: bool = False) -> Generator[socket.socket]:
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.bind(str(path))
+        try:
+            sock.bind(str(path))
+        except OSError as error:  # it does not say what can't be made: a full disk, a read-only one
+            raise type(error)(error.errno, error.strerror, str(path)) from error
         try:
             path.chmod(0o600)
             sock.listen(128)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import os
 from collections.abc import Generator
 from typing import cast
@@ -112,6 +113,19 @@ def release(layout: Layout, name: MachineName) -> None:
     """Take a machine's address back; idempotent."""
     with _edit(layout) as book:
         book.machines.pop(name, None)
+
+
+def sweep(layout: Layout) -> None:
+    """Take back the addresses of machines that are gone, or never came to be: their command was killed."""
+    with _edit(layout) as book:
+        for name in [name for name in book.machines if not _is_there(layout, name)]:
+            del book.machines[name]
+
+
+def _is_there(layout: Layout, name: str) -> bool:
+    # In this order: a machine that is being made may get its name between the two looks.
+    partials = glob.glob(f"{glob.escape(str(layout.machines / name))}.partial-*")
+    return bool(partials) or os.path.lexists(layout.machines / name)
 
 
 def rename(layout: Layout, old: MachineName, new: MachineName) -> Address:

@@ -107,7 +107,7 @@ def publish(layout: Layout, name: MachineName, address: Address, pid: int | None
     """
     _make_directories(layout)
     # Moved in whole: dnsmasq reads whatever is closed in that directory, half-written names included.
-    partial = layout.hub / f"{name}.{os.getpid()}.hosts"
+    partial = _partial_hosts(layout, name)
     partial.write_text(f"{address.ip} {name} {name}.{DOMAIN}\n")
     partial.chmod(0o644)
     partial.replace(layout.hub_hosts / name)
@@ -115,9 +115,15 @@ def publish(layout: Layout, name: MachineName, address: Address, pid: int | None
         record.save_attached(layout, name, address, pid, tap=tap)
 
 
+def _partial_hosts(layout: Layout, name: MachineName) -> Path:
+    """Say where a machine's name is written before it is published; run.lock is held, so there is one writer."""
+    return layout.hub / f"{name}.hosts"
+
+
 def withdraw(layout: Layout, name: MachineName) -> None:
     """Forget a machine that has stopped (or its old name); idempotent."""
     record.forget_attached(layout, name)
+    _partial_hosts(layout, name).unlink(missing_ok=True)  # of a start that was killed
     try:
         (layout.hub_hosts / name).unlink()
     except FileNotFoundError:

@@ -297,21 +297,28 @@ class ContainerEngine:
     def end_stray(self, name: MachineName) -> None:
         """End what runs under the name of a machine whose bundle can't be read any more."""
         record = self._read_record(self._layout.live(name) / "container.json")
-        if record is not None and record.process.is_alive():
+        if record is not None:
             record.process.kill(_KILL_S)
-        if record is not None and record.cgroups:
-            _sweep("", record.cgroups)
+            _sweep(str(self._state_of(record.process) or ""), record.cgroups)
         withdraw(self._layout, name)
+
+    def _state_of(self, process: Process) -> Path | None:
+        """Find crun's notes of a container by its process: their name is made of an id that can't be read any more."""
+        for state in self._layout.crun.iterdir() if self._layout.crun.is_dir() else ():
+            if self._read_state(state) == process:
+                return state
+        return None
 
     def _orphan(self, machine: Machine) -> _Record | None:
         state = self._layout.crun / container_id(machine)
-        if not state.exists():
-            return None
+        process = self._read_state(state) if state.exists() else None
+        return None if process is None else _Record(process, "", (), ())
+
+    def _read_state(self, state: Path) -> Process | None:
         found = trees.inside(
             "berth.engine.crun.storage:read_container", storage.read_container, {"state": str(state)}
         )  # fmt: skip
-        process = Process.from_json(found)
-        return None if process is None else _Record(process, "", (), ())
+        return Process.from_json(found)
 
     def clean(self, machine: Machine) -> None:
         name = machine.config.name
