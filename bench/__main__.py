@@ -77,12 +77,14 @@ def main() -> int:
         _say(f"bench: {error}")
         run.notes.append(f"the run ended early: {error}")
     except KeyboardInterrupt:
+        run.interrupted = True
+        options.docs = False  # half a run is none to show to the world
+        run.notes.append("the run was interrupted")
         _say("bench: interrupted")
-        return 130
     _say(f"bench: {time.monotonic() - began:.0f} s")
-    if not run.results:
-        return 1
-    return _show(report.Report(run.facts, run.results, run.notes), options) or int(run.failed)
+    if run.results:
+        _show(report.Report(run.facts, run.results, run.notes), options)
+    return 130 if run.interrupted else int(run.failed or not run.results)
 
 
 def _parse() -> argparse.Namespace:
@@ -125,6 +127,7 @@ class Run:
         self.notes: list[str] = []
         self.facts = found
         self.failed = False
+        self.interrupted = False
         self._quick = bool(options.quick)
         self._names = list(options.only) or [name for name in _ALL if self._is_usual(name)]
         self._peers = not options.no_peers

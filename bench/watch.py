@@ -142,7 +142,8 @@ def watching(argv: Sequence[str], *, log: Path) -> Generator[Watch]:
     log: where its own stderr goes. It ends with the block, and so does what lives in its process namespace.
     """
     with log.open("wb") as errors:
-        process = proc.spawn(argv, stdin=-1, stdout=-1, stderr=errors)
+        # A session of its own: Ctrl-C is for us alone, who need it to take down what has been made.
+        process = proc.spawn(argv, stdin=-1, stdout=-1, stderr=errors, new_session=True)
     try:
         yield Watch(process, log)
     finally:
