@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"runtime"
 	"sync"
 	"syscall"
 	"time"
@@ -180,13 +181,18 @@ func receiveConsole(fd int, timeout time.Duration) (*os.File, error) {
 	}
 }
 
+var errNoPty = errors.New("what came as the console is no pseudo-terminal")
+
 // asMaster checks that a descriptor which came from elsewhere is a pty's master, and makes reads of it wait in the
 // runtime's poller. It takes the file over.
 func asMaster(file *os.File) (*os.File, error) {
 	defer file.Close()
+	if !isMultiplexer(file) {
+		return nil, errNoPty
+	}
 	var number uint32
 	if _, err := control(file, syscall.TIOCGPTN, uintptr(unsafe.Pointer(&number))); err != nil {
-		return nil, errors.New("what came as the console is no pseudo-terminal")
+		return nil, errNoPty
 	}
 	fd, err := duplicate(file)
 	if err != nil {
@@ -197,6 +203,31 @@ func asMaster(file *os.File) (*os.File, error) {
 		return nil, err
 	}
 	return os.NewFile(uintptr(fd), "console"), nil
+}
+
+// isMultiplexer says whether a file is the device of pty masters, by what the kernel knows of it and without asking its
+// file system, which may be the guest's (FUSE), answer anything and never. Source: statx(2), pts(4).
+func isMultiplexer(file *os.File) bool {
+	const emptyPath, dontSync, typeAndMode = 0x1000, 0x4000, 0x3
+	var found struct {
+		_            [28]byte
+		mode         uint16
+		_            [98]byte
+		major, minor uint32
+		_            [120]byte
+	}
+	number := map[string]uintptr{"amd64": 332, "arm64": 291}[runtime.GOARCH]
+	raw, err := file.SyscallConn()
+	if err != nil {
+		return false
+	}
+	var errno syscall.Errno
+	var empty byte
+	err = raw.Control(func(fd uintptr) {
+		_, _, errno = syscall.Syscall6(number, fd, uintptr(unsafe.Pointer(&empty)), emptyPath|dontSync, typeAndMode,
+			uintptr(unsafe.Pointer(&found)), 0)
+	})
+	return err == nil && errno == 0 && found.mode&syscall.S_IFMT == syscall.S_IFCHR && found.major == 5 && found.minor == 2
 }
 
 func duplicate(file *os.File) (fd int, err error) {

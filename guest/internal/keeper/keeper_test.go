@@ -804,3 +804,33 @@ func TestLogIsNoLink(t *testing.T) {
 		t.Error("a pipe was opened")
 	}
 }
+
+// What a false agent may send in place of a console is told apart by what the kernel knows of it.
+func TestNoConsole(t *testing.T) {
+	regular, err := os.CreateTemp(t.TempDir(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []*os.File{regular, null} {
+		if _, err := asMaster(file); err == nil {
+			t.Errorf("%s was taken for a console", file.Name())
+		}
+	}
+	master, slave := pty(t)
+	other, err := os.OpenFile(slave, os.O_RDWR|syscall.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := asMaster(other); err == nil {
+		t.Error("the other side was taken for a console")
+	}
+	taken, err := asMaster(master)
+	if err != nil {
+		t.Fatal(err)
+	}
+	taken.Close()
+}
