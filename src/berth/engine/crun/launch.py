@@ -82,6 +82,9 @@ def _assemble(plan: LaunchPlan) -> None:
         syscalls.mount("overlay", plan["rootfs"], "overlay", syscalls.MS_NODEV, plan["overlay"])
     except OSError as error:
         raise BerthError(f"the machine's root file system can't be mounted: {error.strerror}") from error
+    if os.statvfs(plan["rootfs"]).f_flag & os.ST_RDONLY:
+        # overlayfs mounts it read-only, without a word, when it can't make its work directory.
+        raise BerthError(f"the machine's root file system can't be written: no space left on {plan['data']}")
     root = os.open(plan["rootfs"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     _mount_run(plan, root, agent)
     for bind, tree in zip(plan["binds"], trees, strict=True):
