@@ -78,7 +78,8 @@ def test_a_check_that_fails_is_a_warning_not_a_crash(layout: Layout, monkeypatch
 
 def test_a_check_can_be_shown_as_json() -> None:
     entry = Check("a", "ok", "1", "detail", "affects", None)
-    assert set(dataclasses.asdict(entry)) == {"name", "status", "version", "detail", "affects", "fix", "required"}
+    keys = {"name", "status", "version", "detail", "affects", "fix", "required", "optional"}
+    assert set(dataclasses.asdict(entry)) == keys
 
 
 @pytest.mark.parametrize(
