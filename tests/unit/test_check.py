@@ -313,6 +313,13 @@ def accelerator(monkeypatch: pytest.MonkeyPatch, found: Accelerator | BerthError
         (Accelerator("tcg", "far too slowly"), 1000, "warning", "far too slowly", None),
         (Accelerator("tcg", "may not open", "sudo usermod"), 1000, "missing", "may not open", "sudo usermod"),
         (Accelerator("tcg", "may not open", "sudo usermod"), 0, "missing", "may not open", "usermod"),
+        (
+            Accelerator("tcg", "there is none", "see the firmware"),
+            1000,
+            "missing",
+            "there is none: see the firmw",
+            None,
+        ),
         (UnsupportedError("qemu is not installed"), 1000, "warning", "can't be tried: qemu is not installed", None),
     ],
 )

@@ -43,6 +43,8 @@ def check_kvm(place: Place) -> Check:
         return Check("kvm", "ok", None, found.reason, affects, None)
     # Opens and is of no use: nothing that could be typed here helps.
     status: Status = "missing" if found.hint else "warning"
+    if found.hint and not found.hint.startswith("sudo "):
+        return Check("kvm", status, None, f"{found.reason}: {found.hint}", affects, None)
     fix = found.hint and found.hint.removeprefix("sudo " if place.is_root else "")
     return Check("kvm", status, None, found.reason, affects, fix)
 
