@@ -20,6 +20,7 @@ from berth.engine.qemu.virtiofsd import Virtiofsd
 from berth.errors import BerthError, UnsupportedError
 from berth.host import Host
 from berth.layout import Layout
+from berth.userns import next_free_range
 
 HYBRID = """\
 31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
@@ -231,7 +232,7 @@ def test_lost_limits_are_named_with_the_way_to_get_them(tmp_path: Path, monkeypa
 )
 def test_the_next_free_range(tmp_path: Path, text: str, start: int) -> None:
     (tmp_path / "subuid").write_text(text)
-    assert users.next_free_range(tmp_path / "subuid", tmp_path / "absent") == start
+    assert next_free_range(tmp_path / "subuid", tmp_path / "absent") == start
 
 
 def test_a_user_without_ids_is_told_what_to_type(tmp_path: Path) -> None:
