@@ -59,9 +59,23 @@ _NOT_OURS = (
 class StepError(BerthError):
     """A step of a recipe failed. `output`: the last lines that it wrote, made safe to show."""
 
-    def __init__(self, step: Step, how: str, output: str) -> None:
-        super().__init__(f"{step.say} failed ({os.path.basename(step.argv[0])} {how}){f': {output}' if output else ''}")
+    def __init__(self, step: Step, how: str, output: str, *, hint: str | None = None) -> None:
+        said = f": {output}" if output else ""
+        super().__init__(f"{step.say} failed ({os.path.basename(step.argv[0])} {how}){said}", hint=hint)
         self.output = output
+
+
+class _Notes(Silent):
+    """Passes on why the throw-away machine can't reach a mirror, and nothing else: its limits are nobody's business."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.handicap: str | None = None
+
+    def note(self, text: str) -> None:
+        if text.startswith("no internet"):
+            self.handicap = text
+            self._progress.note(text)
 
 
 @contextlib.contextmanager
@@ -104,19 +118,21 @@ def workshop(layout: Layout, images: Images, image: StoredImage, progress: Progr
             with images.opened_layers(image) as layers:
                 engine.make_template(machine, layers, progress)
         progress.step(f"starting {config.image_reference} to adapt it")
-        engine.start(machine, Silent())
-        yield Workshop(layout, engine, machine)
+        notes = _Notes(progress)
+        engine.start(machine, notes)
+        yield Workshop(layout, engine, machine, notes.handicap)
     finally:
         _remove(layout, engine, machine)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Workshop:
-    """A running throw-away machine."""
+    """A running throw-away machine. handicap: why it has no internet, and the cure."""
 
     layout: Layout
     engine: Engine
     machine: Machine
+    handicap: str | None = None
 
     def run(self, step: Step, recipe: Recipe) -> None:
         """Run one step to its end, as root. Raises StepError."""
@@ -130,11 +146,11 @@ class Workshop:
         try:
             status = run_into(sock, request, tail, timeout_s=_STEP_S)
         except DeadlineError:
-            raise StepError(step, f"did not end within {_STEP_S:g} s", tail.text()) from None
+            raise StepError(step, f"did not end within {_STEP_S:g} s", tail.text(), hint=self.handicap) from None
         except BerthError as error:  # it did not start, or the machine ended
             raise StepError(step, "could not be run", error.message) from error
         if status:
-            raise StepError(step, f"ended with status {status}", tail.text())
+            raise StepError(step, f"ended with status {status}", tail.text(), hint=self.handicap)
 
     def finish(self, out: IO[bytes]) -> Digests:
         """End the machine and write what was changed in it as a layer."""
