@@ -65,19 +65,6 @@ class StepError(BerthError):
         self.output = output
 
 
-class _Notes(Silent):
-    """Passes on why the throw-away machine can't reach a mirror, and nothing else: its limits are nobody's business."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self.handicap: str | None = None
-
-    def note(self, text: str) -> None:
-        if text.startswith("no internet"):
-            self.handicap = text
-            self._progress.note(text)
-
-
 @contextlib.contextmanager
 def adapting(layout: Layout, progress: Progress) -> Generator[None]:
     """Be the only one who adapts images, and sweep what the dead left."""
@@ -118,9 +105,11 @@ def workshop(layout: Layout, images: Images, image: StoredImage, progress: Progr
             with images.opened_layers(image) as layers:
                 engine.make_template(machine, layers, progress)
         progress.step(f"starting {config.image_reference} to adapt it")
-        notes = _Notes(progress)
-        engine.start(machine, notes)
-        yield Workshop(layout, engine, machine, notes.handicap)
+        engine.start(machine, Silent())
+        handicap = find_handicap(engine.find(machine).limits)
+        if handicap:
+            progress.note(handicap)
+        yield Workshop(layout, engine, machine, handicap)
     finally:
         _remove(layout, engine, machine)
 
@@ -158,6 +147,11 @@ class Workshop:
         self.engine.clean(self.machine)
         lower = self.layout.template(self.machine.config.image_digest) / "rootfs"
         return layer_of(self.machine.bundle.upper, out, lower=lower, exclude=_NOT_OURS)
+
+
+def find_handicap(limits: Sequence[str]) -> str | None:
+    """Say why a machine can't reach a package mirror, of what its engine says that it lacks."""
+    return next((limit for limit in limits if limit.startswith("no internet")), None)
 
 
 class _Tail:
