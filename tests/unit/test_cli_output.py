@@ -120,8 +120,9 @@ class TestErrors:
             (UnsupportedError("no"), "berth: no\n", 1),
             (CommandError(("crun", "run"), 1, "x\nboom\n"), "berth: crun failed with status 1: boom\n", 1),
             (PermissionError(13, "Permission denied", "/x"), "berth: /x: permission denied\n", 1),
-            (OSError(28, "No space left on device"),
-             ("berth: no space left on device\n"
+            (OSError(28, "No space left on device"), "berth: no space left on device\n", 1),
+            (OSError(28, "No space left on device", "/x"),
+             ("berth: /x: no space left on device\n"
               "hint: make room there: berth system prune, or BERTH_DATA_DIR on a larger disk\n"), 1),
             (BerthError("two\nlines\033[2J"), "berth: two lines [2J\n", 1),
         ],

@@ -98,11 +98,13 @@ def _way_out(error: OSError) -> str | None:
 
     from berth.layout import Layout
 
+    if not isinstance(error.filename, str | bytes):  # not a file of ours: stdout may be on another disk
+        return None
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "make room there: berth system prune, or BERTH_DATA_DIR on a larger disk"
     if error.errno not in (errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOTDIR):
         return None
-    layout, path = Layout.from_environment(), os.fsdecode(error.filename or "")
+    layout, path = Layout.from_environment(), os.fsdecode(error.filename)
     roots = {
         "BERTH_RUNTIME_DIR": layout.runtime, "BERTH_DATA_DIR": layout.data, "BERTH_CACHE_DIR": layout.cache,
         "BERTH_CONFIG_DIR": layout.config,
