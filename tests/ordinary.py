@@ -21,8 +21,8 @@ from typing import IO
 
 from berth import locks, proc
 from berth.check.cgroups import parse_mounts
-from berth.check.users import next_free_range
 from berth.layout import Layout
+from berth.userns import next_free_range
 from support import ROOT
 
 # Workers of pytest-xdist have a user each, and so may a second run beside this.

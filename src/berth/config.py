@@ -323,7 +323,10 @@ def parse_env(text: str) -> str:
 def parse_kernel(text: str) -> str:
     path = os.path.abspath(os.path.expanduser(text))
     if not os.path.isfile(path):
-        raise InvalidArgumentError(f"invalid kernel '{text}': {path} is not a file")
+        raise InvalidArgumentError(
+            f"invalid kernel '{text}': {path} is not a file",
+            hint="give the path of a bzImage, a vmlinux or an Image; without any berth fetches a kernel",
+        )
     return path
 
 

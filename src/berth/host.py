@@ -88,10 +88,13 @@ def parse_os_release(text: str) -> dict[str, str]:
 
 
 def parse_version(text: str) -> str | None:
-    """Find the version in the first line of what ``TOOL --version`` said: the first word that starts with a digit."""
+    """Find the version in the first line of what ``TOOL --version`` said: the first word that starts with a digit
+    and has a dot, else the first that starts with a digit."""
     first = text.lstrip().partition("\n")[0]  # the licence, with a version of its own, comes further down
-    match = re.search(r"(?<![\w.])v?(\d[\w.+~]*(?:-[\w.+~]+)*)", first)
-    return match[1].rstrip(".") if match else None
+    words = re.findall(r"(?<![\w.])v?(\d[\w.+~]*(?:-[\w.+~]+)*)", first)
+    # zstd says that it is (64-bit) before it says v1.5.4.
+    best = next((word for word in words if "." in word.rstrip(".")), words[0] if words else None)
+    return best.rstrip(".") if best else None
 
 
 def compare_version(version: str, minimum: tuple[int, ...]) -> bool:

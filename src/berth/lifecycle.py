@@ -71,7 +71,9 @@ class Machines:
             return checked
         default = self.default()
         if default is None:
-            raise NotFoundError("no default machine found", hint="berth create debian:12 --name dev")
+            others = bundles.list_bundles(self.layout)
+            hint = f"berth set-default {others[0].name}" if others else "berth create debian:12 --name dev"
+            raise NotFoundError("no default machine found", hint=hint)
         return default
 
     def default(self) -> MachineName | None:

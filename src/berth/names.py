@@ -107,9 +107,12 @@ def _parse_registry_name(text: str) -> ImageReference:
         and (not at or _DIGEST.fullmatch(digest))
     )
     if not valid:
-        raise InvalidArgumentError(
-            f"invalid image reference '{text}'", hint="write it as debian:12, host:port/name:tag or name@sha256:…"
-        )
+        hint = "write it as debian:12, host:port/name:tag or name@sha256:…"
+        if text.startswith((".", "/", "~")):
+            hint = (
+                f"say what kind of file it is: rootfs:{text}, oci-archive:{text}, docker-archive:{text} or oci:{text}"
+            )
+        raise InvalidArgumentError(f"invalid image reference '{text}'", hint=hint)
     return ImageReference(
         "docker", f"{registry}/{repository}", (tag or None if at else tag or "latest"), digest or None
     )

@@ -123,7 +123,7 @@ def spawn(
             env=environment(env), cwd=cwd, pass_fds=pass_fds, start_new_session=new_session,
         )  # fmt: skip
     except FileNotFoundError as error:
-        raise UnsupportedError(f"{argv[0]} is not installed") from error
+        raise UnsupportedError(f"{argv[0]} is not installed", hint="berth system check") from error
 
 
 def start_time(pid: int) -> int | None:

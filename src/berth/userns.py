@@ -97,8 +97,27 @@ def _subordinate_range(path: Path, name: str, uid: int) -> tuple[int, int]:
             return int(start), int(count)
     raise UnsupportedError(
         f"user {name} has no range of {SIZE} ids in {path}",
-        hint=f"sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {name}",
+        hint=f"sudo {range_command(name)}",
     )
+
+
+def range_command(user: str) -> str:
+    """Write the command by which root gives `user` a range that nobody has."""
+    start = next_free_range(Path("/etc/subuid"), Path("/etc/subgid"))
+    span = f"{start}-{start + SIZE - 1}"
+    return f"usermod --add-subuids {span} --add-subgids {span} {user}"
+
+
+def next_free_range(*files: Path) -> int:
+    """Find where the next 65536 subordinate ids can start: after every range that is given away already."""
+    end = 100_000
+    for file in files:
+        for line in file.read_text().splitlines() if file.exists() else ():
+            _, _, rest = line.partition(":")
+            start, _, count = rest.partition(":")
+            if start.isdecimal() and count.isdecimal():
+                end = max(end, int(start) + int(count))
+    return end
 
 
 def start_in_new(argv: Sequence[str], idmap: IdMap, *, net: bool, pass_fds: Sequence[int] = ()) -> int:

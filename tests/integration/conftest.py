@@ -23,15 +23,29 @@ _numbers = itertools.count(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out of the VM's runs what is about containers, or about neither (its marker says why); and the reverse."""
-    doomed = [item for item in items if item.get_closest_marker("container" if _wants_vm(item) else "vm")]
+    """Leave out of the VM's runs what is about containers, or about neither (its marker says why); and the reverse.
+
+    What is marked ``only`` is left out of the runs of all persons but one.
+    """
+    doomed = [item for item in items if _is_foreign(item)]
     config.hook.pytest_deselected(items=doomed)
     items[:] = [item for item in items if item not in set(doomed)]
 
 
+def _is_foreign(item: pytest.Item) -> bool:
+    only = item.get_closest_marker("only")
+    if only is not None and _person(item) != only.args[0]:
+        return True
+    return item.get_closest_marker("container" if _wants_vm(item) else "vm") is not None
+
+
 def _wants_vm(item: pytest.Item) -> bool:
+    return _person(item).endswith("-vm")
+
+
+def _person(item: pytest.Item) -> str:
     callspec = getattr(item, "callspec", None)
-    return callspec is not None and str(callspec.params.get("person", "")).endswith("-vm")
+    return str(callspec.params.get("person", "")) if callspec else ""
 
 
 @pytest.fixture(scope="session", params=["root", "user", "root-vm", "user-vm"])

@@ -17,6 +17,7 @@ from berth.bundle import Bundle
 from berth.config import BootConfig, HostUser, MachineConfig
 from berth.errors import ExistsError, NotFoundError, StateFormatError
 from berth.layout import Layout
+from berth.lifecycle import Machines
 from berth.names import MachineName
 
 DEV = MachineName("dev")
@@ -146,6 +147,15 @@ class TestDelete:
     def test_not_there(self, layout: Layout) -> None:
         with pytest.raises(NotFoundError, match="machine 'dev' not found"):
             bundles.delete(layout, DEV)
+
+    def test_who_has_no_default_is_told_how_to_choose(self, layout: Layout) -> None:
+        with pytest.raises(NotFoundError, match="no default machine found") as caught:
+            Machines(layout).resolve(None)
+        assert caught.value.hint == "berth create debian:12 --name dev"
+        make(layout, "test")
+        with pytest.raises(NotFoundError) as caught:
+            Machines(layout).resolve(None)
+        assert caught.value.hint == "berth set-default test"
 
     def test_the_default_is_forgotten(self, layout: Layout) -> None:
         make(layout)

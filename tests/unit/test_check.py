@@ -20,6 +20,7 @@ from berth.engine.qemu.virtiofsd import Virtiofsd
 from berth.errors import BerthError, UnsupportedError
 from berth.host import Host
 from berth.layout import Layout
+from berth.userns import next_free_range
 
 HYBRID = """\
 31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
@@ -78,7 +79,8 @@ def test_a_check_that_fails_is_a_warning_not_a_crash(layout: Layout, monkeypatch
 
 def test_a_check_can_be_shown_as_json() -> None:
     entry = Check("a", "ok", "1", "detail", "affects", None)
-    assert set(dataclasses.asdict(entry)) == {"name", "status", "version", "detail", "affects", "fix", "required"}
+    keys = {"name", "status", "version", "detail", "affects", "fix", "required", "optional"}
+    assert set(dataclasses.asdict(entry)) == keys
 
 
 @pytest.mark.parametrize(
@@ -230,7 +232,7 @@ def test_lost_limits_are_named_with_the_way_to_get_them(tmp_path: Path, monkeypa
 )
 def test_the_next_free_range(tmp_path: Path, text: str, start: int) -> None:
     (tmp_path / "subuid").write_text(text)
-    assert users.next_free_range(tmp_path / "subuid", tmp_path / "absent") == start
+    assert next_free_range(tmp_path / "subuid", tmp_path / "absent") == start
 
 
 def test_a_user_without_ids_is_told_what_to_type(tmp_path: Path) -> None:
@@ -312,6 +314,13 @@ def accelerator(monkeypatch: pytest.MonkeyPatch, found: Accelerator | BerthError
         (Accelerator("tcg", "far too slowly"), 1000, "warning", "far too slowly", None),
         (Accelerator("tcg", "may not open", "sudo usermod"), 1000, "missing", "may not open", "sudo usermod"),
         (Accelerator("tcg", "may not open", "sudo usermod"), 0, "missing", "may not open", "usermod"),
+        (
+            Accelerator("tcg", "there is none", "see the firmware"),
+            1000,
+            "missing",
+            "there is none: see the firmw",
+            None,
+        ),
         (UnsupportedError("qemu is not installed"), 1000, "warning", "can't be tried: qemu is not installed", None),
     ],
 )

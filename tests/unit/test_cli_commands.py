@@ -147,7 +147,8 @@ def berth(layout: Layout, capfd: pytest.CaptureFixture[str], monkeypatch: pytest
 
 class TestHelp:
     @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-    def test_every_command(self, entry: commands.Entry, berth: Run) -> None:
+    def test_every_command(self, entry: commands.Entry, berth: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("COLUMNS", "80")
         words = entry.name.split()
         status, text, err = berth(*words, "--help")
         assert (status, err) == (0, "")
@@ -157,7 +158,7 @@ class TestHelp:
         assert text.startswith(f"Usage: berth {entry.name}")
         assert "\nExamples:\n" in text
         assert "--debug" in text
-        assert max(map(len, text.splitlines())) <= 110
+        assert max(map(len, text.splitlines())) <= 80
         assert len(text) > 350
 
     @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
@@ -180,6 +181,7 @@ class TestHelp:
 
     def test_overview(self, berth: Run) -> None:
         status, text, err = berth("--help")
+        assert max(map(len, text.splitlines())) <= 80
         assert (status, err) == (0, "")
         assert berth("-h") == berth("help") == (0, text, "")
         for entry in ENTRIES:
@@ -368,7 +370,7 @@ class TestSystem:
         status, out, _ = berth("system", "check", "--format", "json")
         checks = json.loads(out)
         assert status in (0, 1)
-        assert {"name", "status", "version", "detail", "affects", "fix", "required"} == set(checks[0])
+        assert {"name", "status", "version", "detail", "affects", "fix", "required", "optional"} == set(checks[0])
         assert berth("doctor", "-q")[1].splitlines() == [check["name"] for check in checks if check["status"] != "ok"]
 
 

@@ -23,6 +23,7 @@ from berth.errors import (
     NotFoundError,
     UnsupportedError,
 )
+from berth.layout import Layout
 from berth.progress import Silent
 from berth.units import MIB
 
@@ -47,6 +48,15 @@ class TestTables:
     def test_columns(self, capfd: pytest.CaptureFixture[str]) -> None:
         output.emit_table(("NAME", "STATE"), [("dev", "running"), ("a-long-name", "")], coloured="STATE")
         assert capfd.readouterr().out == "NAME          STATE\ndev           running\na-long-name   -\n"
+
+    @pytest.mark.parametrize(("columns", "gap"), [(80, 3), (11, 2), (5, 1)])
+    def test_a_narrow_terminal_keeps_rows_whole(
+        self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], columns: int, gap: int
+    ) -> None:
+        monkeypatch.setattr(os, "isatty", lambda _fd: True)
+        monkeypatch.setenv("COLUMNS", str(columns))
+        output.emit_table(("NAME", "STATE"), [])
+        assert capfd.readouterr().out == f"NAME{' ' * gap}STATE\n"
 
     def test_nothing_but_headings(self, capfd: pytest.CaptureFixture[str]) -> None:
         output.emit_table(("NAME", "STATE"), [])
@@ -89,6 +99,17 @@ class TestTables:
 
 
 class TestErrors:
+    def test_who_may_not_enter_berths_own_folders_is_told_which(
+        self, layout: Layout, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for path in (layout.runtime.parent, layout.runtime, layout.runtime / "m"):
+            cli.show_error(PermissionError(13, "Permission denied", str(path)))
+            assert (
+                f"hint: {layout.runtime} has to be a folder of yours: set BERTH_RUNTIME_DIR" in capsys.readouterr().err
+            )
+        cli.show_error(PermissionError(13, "Permission denied", "relative"))
+        assert "hint" not in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         ("error", "text", "status"),
         [
@@ -100,6 +121,9 @@ class TestErrors:
             (CommandError(("crun", "run"), 1, "x\nboom\n"), "berth: crun failed with status 1: boom\n", 1),
             (PermissionError(13, "Permission denied", "/x"), "berth: /x: permission denied\n", 1),
             (OSError(28, "No space left on device"), "berth: no space left on device\n", 1),
+            (OSError(28, "No space left on device", "/x"),
+             ("berth: /x: no space left on device\n"
+              "hint: make room there: berth system prune, or BERTH_DATA_DIR on a larger disk\n"), 1),
             (BerthError("two\nlines\033[2J"), "berth: two lines [2J\n", 1),
         ],
     )  # fmt: skip

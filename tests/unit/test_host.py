@@ -26,6 +26,7 @@ from berth.layout import Layout
         ("QEMU emulator version 7.2.19 (Debian 1:7.2+dfsg-7+deb12u16)", "7.2.19"),
         ("\nmke2fs 1.47.0 (5-Feb-2023)", "1.47.0"),
         ("buildah version 1.28.2 (image-spec 1.1.0-rc2, runtime-spec 1.0.2-dev)", "1.28.2"),
+        ("*** Zstandard CLI (64-bit) v1.5.4, by Yann Collet ***", "1.5.4"),
         ("", None),
         ("no digits", None),
     ],

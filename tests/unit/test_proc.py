@@ -69,8 +69,9 @@ def test_only_the_tail_of_stderr_is_kept() -> None:
 
 
 def test_a_missing_program_is_told() -> None:
-    with pytest.raises(UnsupportedError, match="no-such-program is not installed"):
+    with pytest.raises(UnsupportedError, match="no-such-program is not installed") as caught:
         proc.run(["no-such-program"])
+    assert caught.value.hint == "berth system check"
     with pytest.raises(UnsupportedError) as caught:
         proc.require_program("no-such-program", package="thing")
     assert caught.value.hint

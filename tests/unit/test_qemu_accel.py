@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import getpass
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -83,8 +84,18 @@ def test_no_device(layout: Layout, kvm: Path) -> None:
     assert not found.nested
 
 
-@pytest.mark.parametrize(("uid", "hint"), [(1000, "sudo usermod -aG kvm ann  # then log in again"), (0, None)])
-def test_no_permission(layout: Layout, kvm: Path, monkeypatch: pytest.MonkeyPatch, uid: int, hint: str | None) -> None:
+@pytest.mark.parametrize(
+    ("uid", "mode", "gid", "hint"),
+    [
+        (1000, 0o660, 4_000_000, "sudo usermod -aG 4000000 ann  # then log in again"),
+        (1000, 0o600, 4_000_000, "sudo chmod 0666 KVM"), (1000, 0o660, 0, "sudo chmod 0666 KVM"), (0, 0o660, 0, None),
+    ],
+)  # fmt: skip
+def test_no_permission(
+    layout: Layout, kvm: Path, monkeypatch: pytest.MonkeyPatch, uid: int, mode: int, gid: int, hint: str | None
+) -> None:
+    monkeypatch.setattr(Path, "stat", lambda _self: os.stat_result((stat.S_IFCHR | mode, 0, 0, 1, 0, gid, 0, 0, 0, 0)))
+
     def refuse(_path: object, _flags: int) -> int:
         raise PermissionError(13, "Permission denied")
 
@@ -92,7 +103,10 @@ def test_no_permission(layout: Layout, kvm: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "geteuid", lambda: uid)
     monkeypatch.setattr(getpass, "getuser", lambda: "ann")
     assert probe(layout, "amd64") == Accelerator(
-        "tcg", f"this user may not open {kvm}", hint, nested_reason="VMs are emulated in software here"
+        "tcg",
+        f"this user may not open {kvm}",
+        hint and hint.replace("KVM", str(kvm)),
+        nested_reason="VMs are emulated in software here",
     )
 
 

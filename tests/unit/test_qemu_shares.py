@@ -131,6 +131,7 @@ def test_the_two_kinds_are_told_apart() -> None:
     new = parse_virtiofsd(Path("/r"), "virtiofsd 1.13.2\n", _RUST_USAGE)
     assert (new.kind, new.version) == ("rust", "1.13.2")
     assert "--readonly" in new.options
+    assert parse_virtiofsd(Path("/c"), "setgroups() failed with error=1:Operation not permitted\n", "").version == ""
 
 
 def test_command_of_the_c_kind() -> None:

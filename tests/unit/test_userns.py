@@ -48,7 +48,9 @@ def test_no_subordinate_range_is_told_with_the_cure(tmp_path: Path, text: str) -
     path.write_text(text)
     with pytest.raises(UnsupportedError, match="user ann has no range") as caught:
         userns._subordinate_range(path, "ann", 1000)
-    assert caught.value.hint == "sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 ann"
+    start = userns.next_free_range(Path("/etc/subuid"), Path("/etc/subgid"))  # nobody else's: they would share files
+    span = f"{start}-{start + 65535}"
+    assert caught.value.hint == f"sudo usermod --add-subuids {span} --add-subgids {span} ann"
 
 
 def test_an_error_inside_arrives_as_what_it_was() -> None:

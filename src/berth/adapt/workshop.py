@@ -60,8 +60,9 @@ _NOT_OURS = (
 class StepError(BerthError):
     """A step of a recipe failed. `output`: the last lines that it wrote, made safe to show."""
 
-    def __init__(self, step: Step, how: str, output: str) -> None:
-        super().__init__(f"{step.say} failed ({os.path.basename(step.argv[0])} {how}){f': {output}' if output else ''}")
+    def __init__(self, step: Step, how: str, output: str, *, hint: str | None = None) -> None:
+        said = f": {output}" if output else ""
+        super().__init__(f"{step.say} failed ({os.path.basename(step.argv[0])} {how}){said}", hint=hint)
         self.output = output
 
 
@@ -107,18 +108,22 @@ def workshop(
                 make_template(engine, machine, layers, config.image_reference, progress, ahead)
         progress.step(f"starting {config.image_reference} to adapt it")
         engine.start(machine, Silent())
-        yield Workshop(layout, engine, machine)
+        handicap = find_handicap(engine.find(machine).limits)
+        if handicap:
+            progress.note(handicap)
+        yield Workshop(layout, engine, machine, handicap)
     finally:
         _remove(layout, engine, machine)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Workshop:
-    """A running throw-away machine."""
+    """A running throw-away machine. handicap: why it has no internet, and the cure."""
 
     layout: Layout
     engine: Engine
     machine: Machine
+    handicap: str | None = None
 
     def run(self, step: Step, recipe: Recipe) -> None:
         """Run one step to its end, as root. Raises StepError."""
@@ -132,11 +137,11 @@ class Workshop:
         try:
             status = run_into(sock, request, tail, timeout_s=_STEP_S)
         except DeadlineError:
-            raise StepError(step, f"did not end within {_STEP_S:g} s", tail.text()) from None
+            raise StepError(step, f"did not end within {_STEP_S:g} s", tail.text(), hint=self.handicap) from None
         except BerthError as error:  # it did not start, or the machine ended
             raise StepError(step, "could not be run", error.message) from error
         if status:
-            raise StepError(step, f"ended with status {status}", tail.text())
+            raise StepError(step, f"ended with status {status}", tail.text(), hint=self.handicap)
 
     def finish(self, out: IO[bytes]) -> Digests:
         """End the machine and write what was changed in it as a layer."""
@@ -144,6 +149,11 @@ class Workshop:
         self.engine.clean(self.machine)
         lower = self.layout.template(self.machine.config.image_digest) / "rootfs"
         return layer_of(self.machine.bundle.upper, out, lower=lower, exclude=_NOT_OURS)
+
+
+def find_handicap(limits: Sequence[str]) -> str | None:
+    """Say why a machine can't reach a package mirror, of what its engine says that it lacks."""
+    return next((limit for limit in limits if limit.startswith("no internet")), None)
 
 
 class _Tail:

@@ -114,13 +114,13 @@ def check_cgroups(place: Place) -> Check:
 
 def _why_not(place: Place, groups: Groups) -> str:
     if groups.mounts.unified is None:
-        return "cgroup v2 is not mounted"
+        return "cgroup v2 is not mounted: boot with systemd.unified_cgroup_hierarchy=1 on the kernel's command line"
     return f"none is delegated to {place.user}, and no systemd of the user's answers"
 
 
 def _fix(place: Place, groups: Groups) -> str | None:
     if groups.mounts.layout == "v1":
-        return "boot with systemd.unified_cgroup_hierarchy=1 on the kernel's command line"
+        return None
     if Path("/run/systemd/system").is_dir():
         # su and sudo give no session, so no systemd of the user's.
         return place.as_root(f"loginctl enable-linger {place.user}")
@@ -143,7 +143,8 @@ def check_limits(place: Place) -> Check:
     if not lost:
         return Check("limits", "ok", None, f"{', '.join(held)} are enforced", affects, None)
     detail = f"not enforced: {', '.join(lost)}" + (f"; enforced: {', '.join(held)}" if held else "")
-    return Check("limits", "warning", None, detail, affects, _delegate(place) if groups.manager else None)
+    fix = _delegate(place) if groups.manager else None
+    return Check("limits", "warning", None, detail, affects, fix, optional=fix is None)
 
 
 def _delegate(place: Place) -> str | None:

@@ -77,8 +77,8 @@ def check_overlayfs(place: Place) -> Check:
     except UnsupportedError as error:
         return Check("overlayfs", "warning", None, f"could not be tried: {error.message}", affects, None, required=True)
     except (BerthError, OSError) as error:
-        fix = "set BERTH_DATA_DIR to a folder on ext4, xfs or btrfs"
-        return Check("overlayfs", "missing", None, f"not on {folder}: {error}", affects, fix, required=True)
+        detail = f"not on {folder}: {error}; set BERTH_DATA_DIR to a folder on ext4, xfs or btrfs"
+        return Check("overlayfs", "missing", None, detail, affects, None, required=True)
     how = "as root" if idmap is None else "in a user namespace"
     return Check("overlayfs", "ok", None, f"works {how} on {folder}", affects, None, required=True)
 
@@ -130,8 +130,8 @@ def check_idmapped_mounts(place: Place) -> Check:
     try:
         _try_idmapped_mount(home)
     except (BerthError, OSError) as error:
-        fix = "keep the folders that machines share on ext4, xfs or btrfs"
-        return Check(name, "missing", None, f"not on {home}: {error}", affects, fix)
+        detail = f"not on {home}: {error}; keep the folders that machines share on ext4, xfs or btrfs"
+        return Check(name, "missing", None, detail, affects, None)
     return Check(name, "ok", None, f"works on {home}", affects, None)
 
 
@@ -182,11 +182,11 @@ def check_low_ports(place: Place) -> Check:
     """Look whether this user may listen on the ports of services, to forward them."""
     key = "net.ipv4.ip_unprivileged_port_start"
     value = _sysctl(key)
-    affects = "without it the low ports of an ordinary user's machines (22, 80, 443) can't be reached from the host"
+    affects = "without it an ordinary user's machines have 8080 for 80, 8022 for 22"
     if place.is_root or not value.isdecimal() or int(value) <= 22:
         return Check("low-ports", "ok", None, "every port can be forwarded", affects, None)
     detail = f"ports below {value} can't be forwarded"
-    return Check("low-ports", "warning", None, detail, affects, place.set_sysctl(key, 0))
+    return Check("low-ports", "warning", None, detail, affects, place.set_sysctl(key, 0), optional=True)
 
 
 def _sysctl(key: str) -> str:

@@ -20,7 +20,8 @@ class Check:
 
     name: stable, for scripts. status: `ok`; `warning`: there, but less than it should be; `missing`.
     version: the program's own word. detail: what was found. affects: what works without it. fix: what to type here, a
-    whole command line, None where there is nothing to do. required: no container machine runs without it.
+    whole command line, None where there is nothing to do; what follows `` # `` is for people.
+    required: no container machine runs without it. optional: few miss it, so it is not told to everybody.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Check:
     affects: str
     fix: str | None
     required: bool = dataclasses.field(default=False, kw_only=True)
+    optional: bool = dataclasses.field(default=False, kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

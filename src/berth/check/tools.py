@@ -26,6 +26,7 @@ class Tool:
     minimum: tuple[int, ...] = ()
     needed_by: str = "all"
     required: bool = False
+    optional: bool = False
 
 
 _TOOLS = (
@@ -38,7 +39,7 @@ _TOOLS = (
     Tool("mmdebstrap", "--version", "without it bootstrap: images can't be made; all others can be used"),
     Tool("zstd", "--version", "without it images with zstd layers can't be unpacked; all others can"),
     Tool("buildah", "--version", "without it 'berth build' does not work; everything else does"),
-    Tool("skopeo", "--version", "nothing needs it: it reads and copies the image store from outside"),
+    Tool("skopeo", "--version", "nothing needs it: it reads and copies the image store from outside", optional=True),
 )
 
 
@@ -51,7 +52,8 @@ def check_tool(tool: Tool, place: Place) -> Check:
                 tool.program, "ok", None, f"not installed; {_whose(place)} machines do without", "nothing", None
             )
         fix = install_command(tool.program, place)
-        return Check(tool.program, "missing", None, "not installed", tool.affects, fix, required=tool.required)
+        kind = {"required": tool.required, "optional": tool.optional}
+        return Check(tool.program, "missing", None, "not installed", tool.affects, fix, **kind)
     return _judge(tool, path, place)
 
 
@@ -94,8 +96,8 @@ def check_disk_space(place: Place) -> Check:
     affects = "an image needs 0.2 to 1 GiB, a machine what it writes"
     if free >= _LITTLE_SPACE:
         return Check("disk-space", "ok", None, detail, affects, None)
-    fix = "berth image prune; or set BERTH_DATA_DIR to a larger file system"
-    return Check("disk-space", "warning", None, detail, affects, fix)
+    detail += "; or set BERTH_DATA_DIR to a larger file system"
+    return Check("disk-space", "warning", None, detail, affects, "berth system prune")
 
 
 def existing_parent(path: Path) -> Path:

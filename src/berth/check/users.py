@@ -10,7 +10,7 @@ from berth.check.model import Check, Place, Probe
 from berth.check.packages import install_command
 from berth.errors import UnsupportedError
 from berth.proc import find_program
-from berth.userns import plan_idmap
+from berth.userns import plan_idmap, range_command
 
 _AFFECTS = "without it an ordinary user's machines do not run; root's do"
 
@@ -22,7 +22,7 @@ def check_subuid(place: Place) -> Check:
     try:
         idmap = plan_idmap(place.uid, place.gid)
     except UnsupportedError as error:
-        fix = place.as_root(_range_command(place.user))
+        fix = place.as_root(range_command(place.user))
         return Check("subuid", "missing", None, error.message, _AFFECTS, fix, required=True)
     first, size = idmap.host_root(), sum(extent.size for extent in idmap.uids)
     return Check("subuid", "ok", None, f"{size} ids from {first} on", _AFFECTS, None, required=True)
@@ -54,24 +54,6 @@ def _may_map(path: Path) -> bool:
         return bool(os.getxattr(path, "security.capability"))
     except OSError:
         return False
-
-
-def _range_command(user: str) -> str:
-    start = next_free_range(Path("/etc/subuid"), Path("/etc/subgid"))
-    span = f"{start}-{start + 65535}"
-    return f"usermod --add-subuids {span} --add-subgids {span} {user}"
-
-
-def next_free_range(*files: Path) -> int:
-    """Find where the next 65536 subordinate ids can start: after every range that is given away already."""
-    end = 100_000
-    for file in files:
-        for line in file.read_text().splitlines() if file.exists() else ():
-            _, _, rest = line.partition(":")
-            start, _, count = rest.partition(":")
-            if start.isdecimal() and count.isdecimal():
-                end = max(end, int(start) + int(count))
-    return end
 
 
 PROBES: tuple[Probe, ...] = (check_subuid, check_newuidmap)

@@ -43,6 +43,8 @@ def check_kvm(place: Place) -> Check:
         return Check("kvm", "ok", None, found.reason, affects, None)
     # Opens and is of no use: nothing that could be typed here helps.
     status: Status = "missing" if found.hint else "warning"
+    if found.hint and not found.hint.startswith("sudo "):
+        return Check("kvm", status, None, f"{found.reason}: {found.hint}", affects, None)
     fix = found.hint and found.hint.removeprefix("sudo " if place.is_root else "")
     return Check("kvm", status, None, found.reason, affects, fix)
 
@@ -55,10 +57,10 @@ def check_nested_virtualization(place: Place) -> Check:
         return Check(name, "ok", None, "allowed by the kernel's module", affects, None)
     module = next((path.parts[3] for path in accel.NESTED if path.exists()), None)
     if module is None:
-        return Check(name, "missing", None, why_not, affects, None)
+        return Check(name, "missing", None, why_not, affects, None, optional=True)
     file = "/etc/modprobe.d/berth-nested.conf"
     fix = f"echo 'options {module} nested=1' | {place.as_root(f'tee {file}')}  # then restart this host"
-    return Check(name, "missing", None, why_not, affects, fix)
+    return Check(name, "missing", None, why_not, affects, fix, optional=True)
 
 
 def check_qemu_img(place: Place) -> Check:
@@ -90,7 +92,9 @@ def check_vm_kernel(place: Place) -> Check:
     affects = "the first VM fetches one by itself, which takes a while"
     kernel = Kernels(place.layout).find(place.host.architecture)
     if kernel is None:
-        return Check("vm-kernel", "missing", None, "none is stored yet", affects, "berth system kernel fetch")
+        return Check(
+            "vm-kernel", "missing", None, "none is stored yet", affects, "berth system kernel fetch", optional=True
+        )
     return Check("vm-kernel", "ok", kernel.version or None, kernel.source, affects, None)
 
 

@@ -38,11 +38,11 @@ class Entry:
 
 MACHINES = (
     Entry("create", "create", "make a machine from an image and boot it"),
-    Entry("run", "runhelp", "run a command or a shell in a machine, booting it if need be"),
+    Entry("run", "runhelp", "run a command or a shell in a machine"),
     Entry("ls", "show", "list the machines", ("list",)),
     Entry("inspect", "show", "show all there is to know about a machine, as JSON"),
     Entry("set", "configure", "change a machine's configuration"),
-    Entry("set-default", "configure", "choose the machine that commands mean when none is named"),
+    Entry("set-default", "configure", "choose the machine that is meant when none is named"),
     Entry("start", "state", "boot machines"),
     Entry("stop", "state", "shut machines down"),
     Entry("restart", "state", "shut machines down and boot them again"),
@@ -190,11 +190,12 @@ def overview(noun: str = "") -> str:
     lines = [
         "Usage: berth [--debug] [COMMAND [ARGUMENT …]]",
         "",
-        "Linux machines that feel like an extension of your own computer: made from an image in seconds, with their",
-        "own init and services, and with your user, your home and your working directory in them.",
+        "Linux machines that feel like an extension of your own computer: made from an",
+        "image in seconds, with their own init and services, and with your user, your",
+        "home and your working directory in them.",
         "",
         "  berth create debian:12 --name dev    make a machine",
-        "  berth run make                       run a command in it, here in this directory",
+        "  berth run make                       run a command in it, in this directory",
         "  berth                                open a shell in it",
     ]
     for title, entries in _GROUPS:
@@ -204,12 +205,14 @@ def overview(noun: str = "") -> str:
             *lines,
             "",
             "Options:",
-            "  --debug                 say on stderr what is done, and show where errors come from",
+            "  --debug                 say on stderr what is done and where errors come from",
             "  -V, --version           print the version",
             "  -h, --help              show this help; behind a command, that command's",
             "",
-            "Machine commands may also be written 'berth machine COMMAND' or 'berth m COMMAND'.",
-            "Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted; that of 'run' is the command's own.",
+            "Machine commands may also be written 'berth machine COMMAND', 'berth m COMMAND'.",
+            "Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted; that of 'run' is",
+            "the command's own.",
+            "Something is missing? 'berth system check' says what, and what to type.",
         ]
     )
 

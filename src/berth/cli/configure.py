@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 
 from berth.cli import common
 from berth.cli.main import say
 from berth.cli.output import emit
-from berth.cli.parser import ASSIGNMENT, MACHINE, Handler, Parser
+from berth.cli.parser import ASSIGNMENT, MACHINE, Handler, Parser, width
 from berth.config import KEYS
 from berth.names import parse_machine_name
 
 
 def _set(parser: Parser) -> Handler:
-    rows = [f"  {f'{key.name}={key.metavar}':28} {key.help}" for key in KEYS]
+    rows = [
+        row
+        for key in KEYS
+        for row in textwrap.wrap(
+            f"{f'{key.name}={key.metavar}':26} {key.help}",
+            width(),
+            initial_indent="  ",
+            subsequent_indent=" " * 29,
+            break_on_hyphens=False,
+        )
+    ]
     parser.describe(
         """
         Changes how a machine is configured, prints its name, and says on stderr which changes take effect now and

@@ -82,7 +82,7 @@ def show_error(error: Exception, *, failed: int | None = None) -> int:
         message, hint, status = error.message, error.hint, error.exit_status
     elif isinstance(error, OSError) and error.strerror:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-        message = f"{where}{error.strerror[0].lower()}{error.strerror[1:]}"
+        message, hint = f"{where}{error.strerror[0].lower()}{error.strerror[1:]}", _way_out(error)
     else:
         message = f"internal error: {type(error).__name__}: {error}"
         hint = "this is a bug in berth; the same command after 'berth --debug' shows where"
@@ -90,6 +90,30 @@ def show_error(error: Exception, *, failed: int | None = None) -> int:
     if hint:
         say(f"hint: {_one_line(hint)}")
     return status if failed is None else failed
+
+
+def _way_out(error: OSError) -> str | None:
+    """Say what helps where the system refuses berth its own folders."""
+    import errno
+
+    from berth.layout import Layout
+
+    if not isinstance(error.filename, str | bytes):  # not a file of ours: stdout may be on another disk
+        return None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "make room there: berth system prune, or BERTH_DATA_DIR on a larger disk"
+    if error.errno not in (errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOTDIR):
+        return None
+    layout, path = Layout.from_environment(), os.fsdecode(error.filename)
+    roots = {
+        "BERTH_RUNTIME_DIR": layout.runtime, "BERTH_DATA_DIR": layout.data, "BERTH_CACHE_DIR": layout.cache,
+        "BERTH_CONFIG_DIR": layout.config,
+    }  # fmt: skip
+    for name, root in roots.items():
+        if path.startswith("/") and os.path.commonpath([path, str(root)]) in (path, str(root)):
+            unset = ", or unset XDG_RUNTIME_DIR" if name == "BERTH_RUNTIME_DIR" else ""
+            return f"{root} has to be a folder of yours: set {name} to one{unset}"
+    return None
 
 
 def say(line: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -34,18 +35,27 @@ def emit_json(document: object) -> None:
 
 
 def emit_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, coloured: str | None = None) -> None:
-    """Print rows under headings, columns divided by three spaces; an empty cell shows as `-`.
+    """Print rows under headings, columns apart by three blanks where there is room; an empty cell shows as `-`.
 
     coloured: the heading of the column whose words (running, broken, ok, …) get a colour on a terminal.
     """
     table = [list(headings), *([_cell(cell) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(headings))]
+    gap = " " * _gap(widths)
     paint = headings.index(coloured) if coloured and colour_wanted(sys.stdout) else -1
     for row in table:
         cells = [cell.ljust(size) for cell, size in zip(row, widths, strict=True)]
         if paint >= 0 and row[paint] in _COLOURS:
             cells[paint] = f"\033[{_COLOURS[row[paint]]}m{cells[paint]}\033[m"
-        emit("   ".join(cells).rstrip())
+        emit(gap.join(cells).rstrip())
+
+
+def _gap(widths: Sequence[int]) -> int:
+    """Choose how far columns stand apart: three blanks, on a narrow terminal fewer, so that rows stay whole."""
+    if not os.isatty(1):
+        return 3
+    room = shutil.get_terminal_size().columns - sum(widths)
+    return max(1, min(3, room // max(1, len(widths) - 1)))
 
 
 def _cell(text: str) -> str:

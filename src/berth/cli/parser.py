@@ -101,6 +101,9 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:  # noqa: ANN401
         super().add_usage(usage, actions, groups, "Usage: " if prefix is None else prefix)
 
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
     def _format_action_invocation(self, action: argparse.Action) -> str:
         # "-n, --name NAME" instead of "-n NAME, --name NAME".
         if not action.option_strings or action.nargs == 0:

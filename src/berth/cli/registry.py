@@ -69,7 +69,7 @@ def _password(args: argparse.Namespace, host: str) -> str:
     else:
         raise InvalidArgumentError("stdin is no terminal to ask for the password on", hint="give --password-stdin")
     if not password:
-        raise InvalidArgumentError("no password was given")
+        raise InvalidArgumentError("no password was given", hint="berth login --password-stdin HOST < FILE")
     return password
 
 

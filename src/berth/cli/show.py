@@ -26,7 +26,7 @@ def _ls(parser: Parser) -> Handler:
             ("berth stop $(berth ls -q)", "the names alone, for a script"),
         ),
         more="""
-        STATE is stopped, starting, running, stopping or broken. IP is what this host reaches the machine by. An empty
+        STATE is stopped, starting, running, stopping or broken. IP is what this host reaches the machine by. A - for
         CPUS, MEMORY or DISK means no limit of the machine's own. The default machine has a * at its end.
         """,
     )
@@ -68,8 +68,8 @@ def _inspect(parser: Parser) -> Handler:
         more="""
         Keys: id, name, image (reference, digest), status, default, isolation, platform, ipAddress, ports, cpus,
         memory, disk, homeMount, mounts, expose, env, kernel, virtualization, autostart, sshAgent, user, createdDate,
-        startedDate, paths (bundle, runtime, console), pids (init, keeper), problems, limits. Sizes are bytes, times
-        are RFC 3339 in UTC, and what is not known or not set is null.
+        startedDate, paths (bundle, runtime, console), pids (init, vmm, keeper), problems, limits. Sizes are bytes,
+        times are RFC 3339 in UTC, and what is not known or not set is null.
         """,
     )
     common.add_name(parser)

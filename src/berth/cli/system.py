@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING
 
-from berth.cli import common, kernel, progress
+from berth.cli import checklist, common, kernel, progress
 from berth.cli.main import say, show_error
 from berth.cli.output import emit, emit_json, emit_table
 from berth.cli.parser import Handler, Parser, add_format
@@ -14,24 +14,25 @@ from berth.units import format_size
 
 if TYPE_CHECKING:
     from berth.autostart import Autostart
-    from berth.check import Check
 
 
 def _check(parser: Parser) -> Handler:
     parser.describe(
         """
-        Looks at each thing that berth needs or can use on this host and says whether it is there, its version, what
-        works without it and the command that installs it here.
+        Looks at each thing that berth needs or can use on this host, and says what works, what is missing, and the
+        one command that puts it right.
         """,
         examples=(
-            ("berth system check", "a table, and what to do below it"),
+            ("berth system check", "what works, what is missing, and what to type"),
+            ("berth system check --all", "each thing with its version, what works without it and its own fix"),
             ("berth doctor --format json | jq '.[] | select(.status != \"ok\")'", "for a script"),
         ),
         more="""
         Exit status: 0, or 1 when something is missing without which no machine runs. In JSON each check has the keys
-        name, status (ok, warning, missing), version, detail, affects, fix and required.
+        name, status (ok, warning, missing), version, detail, affects, fix, required and optional.
         """,
     )
+    parser.option("--all", action="store_true", help="all there is to say about each thing, optional ones too")
     add_format(parser)
     parser.add_common()
     return _do_check
@@ -48,20 +49,11 @@ def _do_check(args: argparse.Namespace) -> int:
         for item in checks:
             if item.status != "ok":
                 emit(item.name)
+    elif args.all:
+        checklist.show_all(checks)
     else:
-        _show_checks(checks)
+        checklist.show(checks)
     return 1 if any(item.required and item.status == "missing" for item in checks) else 0
-
-
-def _show_checks(checks: list[Check]) -> None:
-    rows = [(item.name, item.status, item.version or "", item.detail) for item in checks]
-    emit_table(("CHECK", "STATUS", "VERSION", "FOUND"), rows, coloured="STATUS")
-    for item in checks:
-        if item.status != "ok":
-            emit("")
-            emit(f"{item.name}: {item.affects}")
-            if item.fix:
-                emit(f"  fix: {item.fix}")
 
 
 def _df(parser: Parser) -> Handler:

@@ -143,7 +143,9 @@ def opened_file(path: Path) -> Generator[int]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise NotFoundError(f"can't read {path}: {error.strerror}") from error
+        raise NotFoundError(
+            f"can't read {path}: {error.strerror}", hint="give the path of a file that you may read"
+        ) from error
     try:
         yield fd
     finally:

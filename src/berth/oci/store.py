@@ -61,11 +61,10 @@ def writing(path: Path | str) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise BerthError(
-            f"can't write {path}: {error.strerror or error}",
-            hint="make room there: berth image prune, or BERTH_DATA_DIR on a larger disk" if full else None,
-        ) from error
+        hint = "BERTH_DATA_DIR has to be a folder that you may write"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = "make room there: berth image prune, or BERTH_DATA_DIR on a larger disk"
+        raise BerthError(f"can't write {path}: {error.strerror or error}", hint=hint) from error
 
 
 class Store:

@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import fcntl
 import getpass
+import grp
 import os
 import select
 import struct
@@ -140,7 +141,17 @@ def _grant() -> str | None:
         user = getpass.getuser()
     except (KeyError, OSError):  # no name is known for this id
         user = str(os.geteuid())
-    return f"sudo usermod -aG kvm {user}  # then log in again"
+    facts = KVM.stat()
+    if facts.st_gid == 0 or facts.st_mode & 0o060 != 0o060:  # no udev has been here: no group that would help
+        return f"sudo chmod 0666 {KVM}"
+    return f"sudo usermod -aG {_group_name(facts.st_gid)} {user}  # then log in again"
+
+
+def _group_name(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
 
 
 # What was found, kept until something that matters changes -----------------------------------------------------------

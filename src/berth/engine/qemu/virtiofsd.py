@@ -69,7 +69,8 @@ def parse_virtiofsd(path: Path, version: str, usage: str) -> Virtiofsd:
     kind: Literal["rust", "c"] = "rust" if "--shared-dir" in usage else "c"
     words = usage.replace("=", " ").replace(",", " ").split()
     options = frozenset(word for word in words if word.startswith("--"))
-    return Virtiofsd(path, kind, parse_version(version) or "", options)
+    # An ordinary user hears of setgroups() from the C one, and no version.
+    return Virtiofsd(path, kind, (None if "setgroups() failed" in version else parse_version(version)) or "", options)
 
 
 def virtiofsd_command(daemon: Virtiofsd, *, shared: str, listener: int, read_only: bool) -> list[str]:

@@ -16,7 +16,7 @@ from typing import cast
 from berth.errors import BerthError, NotFoundError, RegistryError
 from berth.oci.registry.auth import Authorizer, Scopes
 from berth.oci.registry.authfile import Credentials
-from berth.oci.registry.hosts import Endpoint
+from berth.oci.registry.hosts import Endpoint, is_loopback
 from berth.oci.registry.sockets import ContactError, Place, place_of
 from berth.oci.registry.transport import BROKEN, Request, Response, Transport
 from berth.oci.registry.watchdog import Watchdog
@@ -98,10 +98,18 @@ class Client:
             return self._place
 
     def unreachable(self, error: ContactError) -> RegistryError:
-        hint = error.hint
+        hint = error.hint or self._way_out()
         if error.not_tls:
             hint = f'where plain HTTP is meant, in registries.toml: [registry."{self.endpoint.name}"] insecure = true'
         return RegistryError(f"can't reach {self.where}: {error}", hint=hint)
+
+    def _way_out(self) -> str:
+        if is_loopback(self.endpoint.host):
+            return f"start it, or name another: curl http://{self.endpoint.name}/v2/ tells whether it answers"
+        return (
+            "check the spelling and the network (https_proxy is honoured); a mirror goes into registries.toml, and "
+            "rootfs:FILE, oci-archive:FILE or bootstrap:debian/bookworm need no registry"
+        )
 
     def _find_place(self) -> Place:
         secure = Place("https", self.endpoint.host, self.endpoint.port or 443)
