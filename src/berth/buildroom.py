@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil  # not when it is needed: from inside the room Python's own files can't be seen
 from pathlib import Path
 from typing import TypedDict
 
@@ -18,7 +19,6 @@ from berth import inside, syscalls
 from berth.engine.crun.launch import open_userns
 from berth.errors import BerthError
 from berth.proc import run, spawn
-from berth.trees import remove_tree
 
 ROOM = "/mnt"  # FHS 3.0: "for mounting temporarily"
 STORAGE = f"{ROOM}/storage"
@@ -142,7 +142,7 @@ def _choose_driver() -> str:
     else:
         return "overlay"
     finally:
-        remove_tree(str(probe))
+        shutil.rmtree(probe)
 
 
 _POLICY = ("--signature-policy", f"{WORK}/policy.json")

@@ -64,16 +64,6 @@ def give(fd: int, idmap: userns.IdMap) -> None:
         os.fchown(fd, idmap.host_root(), idmap.host_root())
 
 
-@contextlib.contextmanager
-def opened_directory(path: Path) -> Generator[int]:
-    """Open a directory for the block."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
 def sweep(layout: Layout) -> None:
     """Remove the trees whose maker was killed."""
     for lock in layout.unpacking.glob("*.lock"):
@@ -271,10 +261,13 @@ def _new_root(place: Path) -> Generator[int]:
     # Closed to the host's other users: what is setuid inside must not be reachable.
     place.mkdir(mode=0o700, exist_ok=True)
     (place / "rootfs").mkdir()
-    with opened_directory(place / "rootfs") as root:
+    root = os.open(place / "rootfs", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
         os.fchmod(root, 0o755)
         give(root, userns.plan_idmap(os.getuid(), os.getgid()))
         yield root
+    finally:
+        os.close(root)
 
 
 def _apply(

@@ -20,7 +20,7 @@ from typing import cast
 
 from berth import files, locks, trees, userns
 from berth.engine.qemu.sizes import disk_size, template_size
-from berth.engine.unpacking import Ahead, give, opened_directory, unpack
+from berth.engine.unpacking import Ahead, give, unpack
 from berth.errors import BerthError
 from berth.host import compare_version, tool_version
 from berth.layout import Layout
@@ -181,8 +181,12 @@ def _unpacked(
     is_there = (container / "template.json").exists()
     if not is_there:
         unpack(partial, digest, layers, progress, ahead)
-    with opened_directory((container if is_there else partial) / "rootfs") as tree:
+    # O_PATH: the image may have closed its root to all but an owner of its own, and it is read in the namespace only.
+    tree = os.open((container if is_there else partial) / "rootfs", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
         yield tree
+    finally:
+        os.close(tree)
 
 
 def _make_filesystem(path: Path, tree: int, disk: int, idmap: userns.IdMap) -> tuple[int, int | None]:
