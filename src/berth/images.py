@@ -515,11 +515,16 @@ class Images:
             left[image.digest] = left[image.digest] - 1 if by_name else 0
             machines = used.get(image.digest, ())
             if machines and left[image.digest] <= 0:
-                names = ", ".join(f"'{name}'" for name in machines)
-                raise InvalidStateError(
-                    f"image '{image.reference or image.digest}' is used by machine {names}",
-                    hint=f"berth rm {' '.join(machines)}",
-                )
+                raise _in_use(image, machines)
+
+
+def _in_use(image: StoredImage, machines: Sequence[str]) -> InvalidStateError:
+    name = image.reference or image.digest
+    shown = [machine for machine in machines if not machine.startswith(".")]
+    if not shown:  # it is a throw-away one's, which no command takes
+        return InvalidStateError(f"image '{name}' is being adapted", hint="try again when that is done")
+    names = ", ".join(f"'{machine}'" for machine in shown)
+    return InvalidStateError(f"image '{name}' is used by machine {names}", hint=f"berth rm {' '.join(shown)}")
 
 
 def _is_name(text: str) -> bool:

@@ -486,7 +486,9 @@ class Machines:
             forget(self.layout)
 
     def prune_templates(self) -> None:
-        """Remove templates whose image is neither stored nor used by a machine."""
+        """Remove templates whose image is neither stored nor used by a machine, and those that are half-made."""
+        for engine in all_engines(self.layout):
+            engine.sweep_templates()
         with bundles.machines_lock(self.layout):
             kept = {digest.replace(":", "-") for digest in self.images_in_use()}
             kept |= {image.digest.replace(":", "-") for image in self.images.list()}

@@ -21,8 +21,8 @@ def test_a_process_that_is_left_is_found(session: Path, scratch: Path) -> None:
     assert len(left) == 1
     assert "sleep 60" in left[0]
     # Not our child, but started with a path of this session's.
+    (scratch / "file").touch()
     with subprocess.Popen(["sh", "-c", f'(exec tail -f "{scratch}/file") & echo $!'], stdout=subprocess.PIPE) as shell:
-        (scratch / "file").touch()
         assert shell.stdout
         orphan = int(shell.stdout.readline())
         try:

@@ -72,6 +72,10 @@ class Engine(Protocol):
         """
         ...
 
+    def sweep_templates(self) -> None:
+        """Remove the templates that a killed berth never finished, unless somebody is making one now."""
+        ...
+
     def start(self, machine: Machine, progress: Progress) -> None:
         """Start the machine; return when its guest agent answers. The caller holds the machine's start lock.
 

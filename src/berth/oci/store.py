@@ -63,7 +63,7 @@ def writing(path: Path | str) -> Generator[None]:
     except OSError as error:
         hint = "BERTH_DATA_DIR has to be a folder that you may write"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = "make room there: berth image prune, or BERTH_DATA_DIR on a larger disk"
+            hint = "make room there: berth system prune, or BERTH_DATA_DIR on a larger disk"
         raise BerthError(f"can't write {path}: {error.strerror or error}", hint=hint) from error
 
 

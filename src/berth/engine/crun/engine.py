@@ -109,8 +109,14 @@ class ContainerEngine:
                 raise
             files.sync_directory(self._layout.templates)
 
+    def sweep_templates(self) -> None:
+        lock = self._layout.templates / "templates.lock"
+        if lock.exists():
+            with contextlib.suppress(BusyError), locks.hold(lock, timeout_s=0):
+                self._sweep_templates()
+
     def _sweep_templates(self) -> None:
-        """Remove templates that were never finished; the lock is held, so nobody makes one now."""
+        """The same, for who holds the lock."""
         for path in self._layout.templates.glob("*.partial"):
             trees.delete(path)
 

@@ -16,7 +16,7 @@ from typing import IO, cast
 from berth import files
 from berth.config import BootConfig
 from berth.engine.base import STOPPED, Liveness, Machine
-from berth.engine.qemu import disks, sizes
+from berth.engine.qemu import disks, sizes, templates
 from berth.engine.qemu.accel import Accelerator, probe, require_qemu
 from berth.engine.qemu.changes import Changes, Setting, write_changes
 from berth.engine.qemu.launch import launch, start_keeper
@@ -88,6 +88,9 @@ class VmEngine:
         self, machine: Machine, layers: Sequence[tuple[int, str]], progress: Progress, ahead: Ahead | None = None
     ) -> None:
         disks.make_template(self._layout, machine.config.image_digest, layers, machine.boot.disk, progress, ahead)
+
+    def sweep_templates(self) -> None:
+        templates.sweep_templates(self._layout)
 
     # One machine's life -------------------------------------------------------------------------------------------
 

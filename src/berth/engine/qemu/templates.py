@@ -21,7 +21,7 @@ from typing import cast
 from berth import files, locks, trees, userns
 from berth.engine.qemu.sizes import disk_size, template_size
 from berth.engine.unpacking import Ahead, give, unpack
-from berth.errors import BerthError
+from berth.errors import BerthError, BusyError
 from berth.host import compare_version, tool_version
 from berth.layout import Layout
 from berth.log import log
@@ -124,12 +124,19 @@ def make_template(
             trees.delete(partial)
 
 
+def sweep_templates(layout: Layout) -> None:
+    """Remove the templates that a killed berth never finished, unless somebody is making one now."""
+    if layout.disks.exists():
+        with contextlib.suppress(BusyError), _lock(layout, timeout_s=0):
+            pass
+
+
 @contextlib.contextmanager
-def _lock(layout: Layout) -> Generator[None]:
+def _lock(layout: Layout, timeout_s: float = _LOCK_S) -> Generator[None]:
     """Hold the store's lock. Nobody makes or removes a template then: what is half-made or half-gone is left over."""
     files.make_private_directory(layout.data)
     files.make_private_directory(layout.disks)
-    with locks.hold(layout.disks / "disks.lock", timeout_s=_LOCK_S, what="the image"):
+    with locks.hold(layout.disks / "disks.lock", timeout_s=timeout_s, what="the image"):
         for path in layout.disks.glob("*.partial"):
             log.debug("sweeping %s", path)
             trees.delete(path)

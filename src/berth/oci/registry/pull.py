@@ -139,7 +139,7 @@ class _Pull:
             raise BerthError(
                 f"can't pull '{self._reference.familiar}': it takes {format_size(total)}, and there are "
                 f"{format_size(room)} left at {self._ingest.path.parent}",
-                hint="make room there: berth image prune, or BERTH_DATA_DIR on a larger disk",
+                hint="make room there: berth system prune, or BERTH_DATA_DIR on a larger disk",
             )
 
     def _fetch(self, blob: Descriptor) -> None:
