@@ -93,7 +93,7 @@ def load_json(path: Path, *, schema: int) -> dict[str, object]:
 
 
 def make_private_directory(path: Path) -> None:
-    """Ensure a directory that only this user can enter (0700), its parents included; idempotent.
+    """Ensure a directory that only this user can enter (0700); its parents are made too, 0755. Idempotent.
 
     Raises BerthError when somebody else owns it or it is a symbolic link.
     """

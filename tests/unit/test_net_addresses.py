@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -158,3 +159,8 @@ def test_the_address_of_a_machine_that_never_came_to_be_is_free_again(book: Layo
     with pytest.raises(NotFoundError):
         lookup(book, DB)
     assert allocate(book, MachineName("other")) == lost
+
+
+def test_the_first_address_makes_a_folder_of_its_owners_alone(layout: Layout) -> None:
+    sweep(layout)
+    assert stat.S_IMODE(layout.data.stat().st_mode) == 0o700

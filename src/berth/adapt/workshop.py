@@ -28,6 +28,7 @@ from berth.engine.base import Engine, Machine
 from berth.engine.select import engine_for
 from berth.engine.unpacking import Ahead, make_template
 from berth.errors import BerthError, BusyError, DeadlineError
+from berth.files import make_private_directory
 from berth.layout import Layout
 from berth.log import log
 from berth.names import HIDDEN, MachineName
@@ -69,7 +70,7 @@ class StepError(BerthError):
 @contextlib.contextmanager
 def adapting(layout: Layout, progress: Progress) -> Generator[None]:
     """Be the only one who adapts images, and sweep what the dead left."""
-    layout.data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_private_directory(layout.data)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locks.hold(layout.adapt_lock, timeout_s=0, what="adapting"))

@@ -205,7 +205,7 @@ def _parse_book(text: str, entries: dict[str, object], where: str) -> _Book:
 @contextlib.contextmanager
 def _edit(layout: Layout) -> Generator[_Book]:
     """Hold the lock, load, hand out, and save when the block changed something."""
-    layout.data.mkdir(parents=True, exist_ok=True)
+    files.make_private_directory(layout.data)
     with locks.hold(layout.addresses_lock, timeout_s=60, what="the address book"):
         book = _load(layout)
         before = (book.subnet, dict(book.machines))

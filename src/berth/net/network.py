@@ -182,10 +182,7 @@ def _end_hub(layout: Layout, found: record.Record) -> None:
 
 
 def _make_directories(layout: Layout) -> None:
-    if os.geteuid() != 0:
-        make_private_directory(layout.runtime)
-    else:
-        layout.runtime.mkdir(parents=True, exist_ok=True)
+    make_private_directory(layout.runtime)
     make_private_directory(layout.hub)
     layout.hub_machines.mkdir(exist_ok=True)
     if os.geteuid() != 0:
