@@ -448,7 +448,10 @@ class World:
             holder = json.loads(self.person.layout.hub_record.read_text())["holder"]
             enter = ["nsenter", "-t", str(holder["pid"]), "-n", "--"]
         links = json.loads(proc.run([*enter, "ip", "-j", "link"], timeout_s=20).stdout)
-        yield from (f"interface: {link['ifname']}" for link in links if link["ifname"].startswith(prefix))
+        # Another worker's berth may have come to the same subnet while a reboot had taken our bridge away.
+        own = {None, bridge_name(self.person.layout)} if self.person.is_root else {link.get("master") for link in links}
+        ports = (link["ifname"] for link in links if link.get("master") in own)
+        yield from (f"interface: {name}" for name in ports if name.startswith(prefix))
 
     def _mounts(self) -> Iterator[str]:
         for line in Path("/proc/self/mountinfo").read_text().splitlines():

@@ -51,10 +51,11 @@ def minbase() -> Path:
 
 
 @pytest.fixture(scope="session")
-def static(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def static(session: Path) -> Path:
     """A root file system of one static binary, without a shell."""
     need("go")
-    folder = tmp_path_factory.mktemp("static")
+    folder = session / "static"
+    folder.mkdir(mode=0o755)
     (folder / "main.go").write_text(HELLO)
     go = find_go()
     assert go is not None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from berth import locks
 from person import Person
 
 
@@ -43,25 +44,26 @@ def test_the_machines_root_owns_nothing_on_the_host(person: Person, debian: str,
 @pytest.fixture
 def secrets(person: Person) -> Generator[Path]:
     """Credentials in the person's home, unless there are real ones."""
-    made: list[Path] = []
-    for name in (".aws", ".azure"):
-        folder = person.home / name
-        if not folder.exists():
-            folder.mkdir(mode=0o700)
-            made.append(folder)
-        (folder / "berth-test-secret").write_text("secret\n")
-    netrc = person.home / ".netrc"
-    if not netrc.exists():
-        netrc.write_text("secret\n")
-        made.append(netrc)
-    for path in made:
-        for each in (path, *path.glob("*")):
-            os.chown(each, person.uid, person.home.stat().st_gid)
-    yield person.home
-    for path in made:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for name in (".aws", ".azure"):
-        (person.home / name / "berth-test-secret").unlink(missing_ok=True)
+    with locks.hold(Path(f"/run/lock/berth-tests-home-{person.uid}")):  # root's is two workers' at once
+        made: list[Path] = []
+        for name in (".aws", ".azure"):
+            folder = person.home / name
+            if not folder.exists():
+                folder.mkdir(mode=0o700)
+                made.append(folder)
+            (folder / "berth-test-secret").write_text("secret\n")
+        netrc = person.home / ".netrc"
+        if not netrc.exists():
+            netrc.write_text("secret\n")
+            made.append(netrc)
+        for path in made:
+            for each in (path, *path.glob("*")):
+                os.chown(each, person.uid, person.home.stat().st_gid)
+        yield person.home
+        for path in made:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for name in (".aws", ".azure"):
+            (person.home / name / "berth-test-secret").unlink(missing_ok=True)
 
 
 def test_credentials_are_hidden_and_root_cannot_undo_it(
