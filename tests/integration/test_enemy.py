@@ -44,13 +44,11 @@ class Den:
     name: str
     fixed: Path
 
-    def attack(self, *words: str, program: str = "/root/enemy") -> str:
+    def attack(self, *words: str, program: str = "/den/enemy") -> str:
         """Attack as the machine's root; return the error's name, nothing when it succeeded."""
         return self.attacks([words], program=program)[0]
 
-    def attacks(
-        self, attacks: Iterable[Sequence[str]], *, program: str = "/root/enemy", before: str = ":"
-    ) -> list[str]:
+    def attacks(self, attacks: Iterable[Sequence[str]], *, program: str = "/den/enemy", before: str = ":") -> list[str]:
         """Attack many times in one command; `before` is run before each."""
         lines = [f'{before}; said=$({shlex.join([program, *words])}); echo "$?|$said"' for words in attacks]
         return [_outcome(line) for line in self.sh("\n".join(lines)).splitlines()]
@@ -105,8 +103,8 @@ def on_host(weapon: Path) -> Callable[..., str]:
 
 
 def arm(person: Person, name: str, weapon: Path) -> None:
-    """Bring the attacking program into a machine."""
-    script = "cat > /root/enemy.new && chmod 755 /root/enemy.new && mv /root/enemy.new /root/enemy"
+    """Bring the attacking program into a machine: below /den, for root's home there is the host's."""
+    script = "mkdir -p /den && cat > /den/enemy.new && chmod 755 /den/enemy.new && mv /den/enemy.new /den/enemy"
     person.berth("run", "-n", name, "--root", "--", "sh", "-c", script, input=weapon.read_bytes())
 
 
@@ -154,7 +152,7 @@ _MOUNTS = (
     (("nested", "clear-ro", "/srv/fixed"), ("nested", "mount", "own", "/mnt/place", "tmpfs")),
     (("remount-rw", "/run/berth/agent"), ("remount-rw", "/mnt/own")),
     (("clear-ro", "/run/berth/agent"), ("clear-ro", "/mnt/own")),
-    (("open-write", "/srv/fixed/hello.txt"), ("open-write", "/root/enemy.own")),
+    (("open-write", "/srv/fixed/hello.txt"), ("open-write", "/den/enemy.own")),
 )  # fmt: skip
 
 
@@ -162,7 +160,7 @@ _MOUNTS = (
 def test_what_hides_and_what_is_read_only_stays(den: Den) -> None:
     words = {"home": str(den.person.home), "hidden": str(den.secret.parent), "name": f"{HIDDEN}/{SECRET}"}
     fresh = (
-        "umount -l /mnt/own /mnt/place 2>&-; mkdir -p /mnt/own /mnt/place; touch /root/enemy.own;"
+        "umount -l /mnt/own /mnt/place 2>&-; mkdir -p /mnt/own /mnt/place; touch /den/enemy.own;"
         "mount -t tmpfs own /mnt/own && touch /mnt/own/file && mount -o remount,bind,ro /mnt/own"
     )
     assert den.attacks([control for _, control in _MOUNTS], before=fresh) == [""] * len(_MOUNTS), "each works"
@@ -188,22 +186,26 @@ def test_a_kernel_of_ones_own_finds_nothing_hidden(den: Den) -> None:
     assert den.attack("open-write", "/srv/fixed/hello.txt") == "EROFS"
     # Links and `..` are the guest's to resolve, and there is nothing above the folder.
     outside = den.fixed.parent / "enemy"
-    den.sh(f"ln -sfn {outside} /root/link; cd /mnt/again; cd ..; cd ..; ls {outside} 2>&- && exit 1; umount /mnt/again")
-    assert den.attack("open-read", "/root/link/amd64") == "ENOENT"
+    den.sh(f"ln -sfn {outside} /den/link; cd /mnt/again; cd ..; cd ..; ls {outside} 2>&- && exit 1; umount /mnt/again")
+    assert den.attack("open-read", "/den/link/amd64") == "ENOENT"
 
 
 def test_nothing_outside_can_be_opened(den: Den, on_host: Callable[..., str], weapon: Path) -> None:
     jail = den.fixed.parent / f"jail-{den.person.label}"
     jail.mkdir(exist_ok=True)
-    den.sh("mkdir -p /root/jail")
+    den.sh("mkdir -p /den/jail")
     assert on_host("chroot", str(jail), str(weapon)) == ""
-    assert den.attack("chroot", "/root/jail", "/root/enemy") == "", "it leaves the jail that it made"
-    assert den.attack("chroot", "/root/jail", str(weapon)) == "ENOENT"
+    assert den.attack("chroot", "/den/jail", "/den/enemy") == "", "it leaves the jail that it made"
+    assert den.attack("chroot", "/den/jail", str(weapon)) == "ENOENT"
     if den.person.isolation == "container":
         home = str(den.person.home)
         assert on_host("handle", home, home) == ""
         assert den.attack("handle", home, home) == "EPERM"
-    links = {"/root/up": "../" * 40 + str(weapon), "/root/straight": str(weapon), "/root/proc": f"/proc/1/root{weapon}"}
+    links = {
+        "/den/up": "../" * 40 + str(weapon),
+        "/den/straight": str(weapon),
+        "/den/proc": f"/proc/1/root{weapon}",
+    }
     for link, target in links.items():
         den.sh(f"ln -sfn {target} {link}")
         assert den.attack("open-read", link) == "ENOENT"
@@ -259,11 +261,11 @@ def test_a_32_bit_program_goes_round_no_filter(den: Den, weapons: dict[str, Path
     home = str(den.person.home)
     assert subprocess.run([weapons["386"], "handle", home, home], check=False).returncode == 0, "the attack works"
     den.person.berth(
-        "run", "-n", den.name, "--root", "--", "sh", "-c", "cat > /root/enemy32; chmod 755 /root/enemy32",
+        "run", "-n", den.name, "--root", "--", "sh", "-c", "cat > /den/enemy32; chmod 755 /den/enemy32",
         input=weapons["386"].read_bytes(),
     )  # fmt: skip
-    assert den.attack("open-read", "/etc/passwd", program="/root/enemy32") == "", "such programs run"
-    assert den.attack("handle", home, home, program="/root/enemy32") == "EPERM"
+    assert den.attack("open-read", "/etc/passwd", program="/den/enemy32") == "", "such programs run"
+    assert den.attack("handle", home, home, program="/den/enemy32") == "EPERM"
 
 
 @pytest.mark.container("the devices of a VM are its own")
@@ -281,7 +283,7 @@ def test_no_device_can_be_made_or_opened(den: Den, on_host: Callable[..., str]) 
     for kind, device in devices.items():
         number = (kind, str(os.major(device)), str(os.minor(device)))
         assert on_host("mknod", str(folder / "node"), *number) in ("", "ENXIO", "EACCES"), "it can be made"
-        nodes = [f"{place}/enemy-node" for place in ("/root", "/dev", "/tmp", "/var/lib/docker", den.person.home)]
+        nodes = [f"{place}/enemy-node" for place in ("/den", "/dev", "/tmp", "/var/lib/docker", den.person.home)]
         assert den.attacks(("mknod", node, "p", "0", "0") for node in nodes) == [""] * len(nodes), "the attack works"
         assert den.attacks(("mknod", node, *number) for node in nodes) == ["EPERM"] * len(nodes)
         assert set(den.attacks(("nested", "mknod", node, *number) for node in nodes)) <= {"EPERM", "EACCES"}
@@ -316,7 +318,7 @@ def test_processes_of_the_host_are_out_of_reach(den: Den, on_host: Callable[...,
 
 @pytest.mark.container("a VM's namespaces are its own")
 def test_namespaces_above_can_not_be_entered(den: Den) -> None:
-    below = "unshare -U sleep 600 >/dev/null 2>&1 & sleep 0.3; /root/enemy parent-ns $!; s=$?; kill $!; exit $s"
+    below = "unshare -U sleep 600 >/dev/null 2>&1 & sleep 0.3; /den/enemy parent-ns $!; s=$?; kill $!; exit $s"
     den.sh(below)  # of a namespace of its own making the parent is told
     assert den.attack("parent-ns", "self") == "EPERM"
     assert den.attack("nested", "parent-ns", "1") in REFUSED
@@ -424,18 +426,18 @@ def test_an_agent_started_again_brings_nothing_of_the_hosts(
     arm(person, name, weapon)
     den = Den(person, name, Path("/"))
     assert den.attack("find-key", key) == "ENOKEY"
-    den.sh("cp /bin/busybox /root/sleep; /root/sleep 600 >/dev/null 2>&1 &")
-    assert den.attack("replace-exe", "/root/sleep 600") == "", "the attack works"
+    den.sh("cp /bin/busybox /den/sleep; /den/sleep 600 >/dev/null 2>&1 &")
+    assert den.attack("replace-exe", "/den/sleep 600") == "", "the attack works"
     # The agent that came with the start, whose program the keeper is running too; and the one that was started again.
     for expected in ({"EROFS", "EACCES", "ETXTBSY"}, {"EPERM", "EACCES"}):
-        attack = "/root/enemy replace-exe 'agent serve' > /root/try; echo $? >> /root/try"
-        script = f"rm -f /root/said; {attack}; mv /root/try /root/said"
+        attack = "/den/enemy replace-exe 'agent serve' > /den/try; echo $? >> /den/try"
+        script = f"rm -f /den/said; {attack}; mv /den/try /den/said"
         person.berth("run", "-n", name, "--root", "-d", "--", "sh", "-c", script)
         deadline = time.monotonic() + 20
         while person.inspect(name)["status"] != "broken":
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        read = "until cat /root/said 2>&-; do sleep 0.05; done"
+        read = "until cat /den/said 2>&-; do sleep 0.05; done"
         repair = [*with_key, *person.program, "run", "-n", name, "--root", "--", "sh", "-c", read]
         done = subprocess.run(person.command(repair, {}, None), capture_output=True, timeout=60, check=False)
         said, status = done.stdout.decode().split()
@@ -467,7 +469,7 @@ class Hostage:
         self.order("hangup")
         (self.orders / "manner.ready").unlink(missing_ok=True)
         self.person.berth("start", self.name)
-        words = ("-n", self.name, "--root", "-d", "--", "/root/enemy", "be-agent", "/srv/orders/manner")
+        words = ("-n", self.name, "--root", "-d", "--", "/den/enemy", "be-agent", "/srv/orders/manner")
         self.person.try_berth("run", *words)
         deadline = time.monotonic() + 30
         while not (self.orders / "manner.ready").exists():
@@ -566,10 +568,10 @@ def test_odd_files_of_the_guest_hang_nobody(person: Person, machine: Callable[..
     def as_zero(script: str) -> str:
         return person.berth("run", "-n", name, "-u", "0", "--", "sh", "-c", script)
 
-    as_zero("cp -a /etc /root/etc; sync")  # what a VM has not written yet is lost with it
+    as_zero("cp -a /etc /den/etc; sync")  # what a VM has not written yet is lost with it
     user = person.name if not person.is_root else "root"
     assert person.run(name, "id", "-un").strip() == user
-    odd = "for f in passwd group; do /root/enemy replace-node /etc/$f KIND /dev/zero; done"
+    odd = "for f in passwd group; do /den/enemy replace-node /etc/$f KIND /dev/zero; done"
     for kind in ("fifo", "directory", "huge", "socket", "link"):
         as_zero(odd.replace("KIND", kind))
         done = person.try_berth("run", "-n", name, "--", "true")
@@ -578,13 +580,13 @@ def test_odd_files_of_the_guest_hang_nobody(person: Person, machine: Callable[..
         assert_one_error(done.stderr)
     names = "passwd group shadow gshadow hosts resolv.conf hostname environment"
     as_zero(
-        f"for f in {names}; do /root/enemy replace-node /etc/$f fifo; done; rm -r /var/lib/berth;"
+        f"for f in {names}; do /den/enemy replace-node /etc/$f fifo; done; rm -r /var/lib/berth;"
         "mkfifo /var/lib/berth; sync"
     )
     person.berth("restart", "--force", name)  # it boots, whatever stands there
     assert as_zero("echo alive") == "alive\n"
     as_zero(
-        "rm -rf /var/lib/berth; for f in passwd group shadow hosts; do rm -f /etc/$f; cp -a /root/etc/$f /etc/$f;"
+        "rm -rf /var/lib/berth; for f in passwd group shadow hosts; do rm -f /etc/$f; cp -a /den/etc/$f /etc/$f;"
         "done; sync"
     )
     person.berth("restart", "--force", name)
