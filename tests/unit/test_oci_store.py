@@ -288,7 +288,7 @@ def test_a_full_disk_is_one_error_that_names_the_path(store: Store, monkeypatch:
         with pytest.raises(BerthError, match=rf"can't write {store.root}/ingest/.*: No space left") as caught:
             put(store, b"2", "y")
     assert caught.value.hint
-    assert "berth image prune" in caught.value.hint
+    assert "berth system prune" in caught.value.hint
     assert files(store.root) == before
 
 
