@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"runtime/debug"
@@ -69,20 +68,11 @@ func packChanges(vm *boot.VM, output *os.File) (layer.Summary, error) {
 
 // mountReadOnly mounts the machine's disk, with what is left in its journal, and the template it was made on.
 func mountReadOnly(vm *boot.VM) error {
-	device, err := waitDisk(vm.Root)
-	if err != nil {
+	const flags = syscall.MS_RDONLY | syscall.MS_NODEV | syscall.MS_NOSUID | syscall.MS_NOEXEC | syscall.MS_NOATIME
+	if err := mountDisk(vm, flags, ""); err != nil {
 		return err
 	}
-	if vm.Check {
-		if err := check(device); err != nil {
-			return err
-		}
-	}
-	const flags = syscall.MS_RDONLY | syscall.MS_NODEV | syscall.MS_NOSUID | syscall.MS_NOEXEC | syscall.MS_NOATIME
-	if err := syscall.Mount(device, newRoot, "ext4", flags, ""); err != nil {
-		return fmt.Errorf("the root disk is damaged or no ext4: can't mount it: %w", err)
-	}
-	device, err = waitDisk(vm.Changes.Template)
+	device, err := waitDisk(vm.Changes.Template)
 	if err != nil {
 		return err
 	}

@@ -43,8 +43,10 @@ func mountSys() error {
 	return mount("sysfs", "/sys", "sysfs", syscall.MS_NOSUID|syscall.MS_NODEV|syscall.MS_NOEXEC, "")
 }
 
-// mountRoot waits for the root disk, has it checked where the host wants it so, and mounts it.
-func mountRoot(vm *boot.VM) error {
+func mountRoot(vm *boot.VM) error { return mountDisk(vm, 0, rootOptions) }
+
+// mountDisk waits for the root disk, has it checked where the host wants it so, and mounts it.
+func mountDisk(vm *boot.VM, flags uintptr, options string) error {
 	device, err := waitDisk(vm.Root)
 	if err != nil {
 		return err
@@ -54,7 +56,7 @@ func mountRoot(vm *boot.VM) error {
 			return err
 		}
 	}
-	if err := syscall.Mount(device, newRoot, "ext4", 0, rootOptions); err != nil {
+	if err := syscall.Mount(device, newRoot, "ext4", flags, options); err != nil {
 		return fmt.Errorf("the root disk is damaged or no ext4: can't mount it: %w", err)
 	}
 	return nil
