@@ -22,8 +22,9 @@ import secrets
 import select
 import time
 from base64 import b64encode
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import IO, cast
 
 from berth import host
@@ -115,7 +116,8 @@ def _plan(setting: Setting, disk: disks.OpenDisk, initrd: int, out: IO[bytes], k
         initrd_fd=initrd,
         cmdline=kernel_command_line(kernel.arch, setting.accelerator.kind),
         disk=Disk(disk.disk, disk.template),
-        template_fd=kept.enter_context(_once_more(disk.template)),
+        # Opened anew: QEMU tells its descriptors apart by their numbers.
+        template_fd=kept.enter_context(opened(Path(f"/proc/self/fd/{disk.template}"))),
         output_fd=out.fileno(),
     )
 
@@ -149,16 +151,6 @@ def _document(machine: Machine, exclude: Collection[str], *, check: bool) -> dic
         "changes": changes,
     }  # fmt: skip
     return {"schema": 1, "instance": machine.config.id, "vm": vm}
-
-
-@contextlib.contextmanager
-def _once_more(fd: int) -> Generator[int]:
-    """Open a file anew: QEMU tells its descriptors apart by their numbers."""
-    again = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        yield again
-    finally:
-        os.close(again)
 
 
 def _run(argv: list[str], fds: Sequence[int], boot_s: float) -> str:
