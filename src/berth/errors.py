@@ -29,6 +29,8 @@ TYPE_CHECKING = False  # the real one would make the fast path import typing, 4 
 if TYPE_CHECKING:
     from typing import ClassVar
 
+MAKE_ROOM = "make room there: berth system prune, or BERTH_DATA_DIR on a larger disk"  # the hint for a full disk
+
 
 class BerthError(Exception):
     """Base of every error that berth raises on purpose."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from berth.errors import BerthError
+from berth.errors import MAKE_ROOM, BerthError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _way_out(error: OSError) -> str | None:
     if not isinstance(error.filename, str | bytes):  # not a file of ours: stdout may be on another disk
         return None
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "make room there: berth system prune, or BERTH_DATA_DIR on a larger disk"
+        return MAKE_ROOM
     if error.errno not in (errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOTDIR):
         return None
     layout, path = Layout.from_environment(), os.fsdecode(error.filename)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from berth import locks
-from berth.errors import BerthError, ImageFormatError, NotFoundError, StateFormatError
+from berth.errors import MAKE_ROOM, BerthError, ImageFormatError, NotFoundError, StateFormatError
 from berth.files import make_private_directory, sync_directory, write_atomic
 from berth.oci import spec, stream
 from berth.oci.digest import Digest, digest_of, hex_of
@@ -63,7 +63,7 @@ def writing(path: Path | str) -> Generator[None]:
     except OSError as error:
         hint = "BERTH_DATA_DIR has to be a folder that you may write"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = "make room there: berth system prune, or BERTH_DATA_DIR on a larger disk"
+            hint = MAKE_ROOM
         raise BerthError(f"can't write {path}: {error.strerror or error}", hint=hint) from error
 
 

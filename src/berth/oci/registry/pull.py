@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
-from berth.errors import BerthError, ImageFormatError, NotFoundError, RegistryError
+from berth.errors import MAKE_ROOM, BerthError, ImageFormatError, NotFoundError, RegistryError
 from berth.log import log
 from berth.names import ImageReference
 from berth.oci import spec
@@ -139,7 +139,7 @@ class _Pull:
             raise BerthError(
                 f"can't pull '{self._reference.familiar}': it takes {format_size(total)}, and there are "
                 f"{format_size(room)} left at {self._ingest.path.parent}",
-                hint="make room there: berth system prune, or BERTH_DATA_DIR on a larger disk",
+                hint=MAKE_ROOM,
             )
 
     def _fetch(self, blob: Descriptor) -> None:
