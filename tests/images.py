@@ -1,6 +1,7 @@
 """Debian root file systems for tests: bootstrapped from the package mirror, once a day and machine.
 
-They are kept in /var/tmp/berth-tests-UID/DAY, so that a second run is quick; other days' are removed.
+They are kept in /var/tmp/berth-tests-UID/DAY, so that a second run is quick; those of two days ago and before are
+removed. Yesterday's stay: a run may go on past midnight, and its tests hold paths.
 """
 
 from __future__ import annotations
@@ -49,10 +50,11 @@ def bootstrap(suite: str, packages: Sequence[str] = SYSTEMD, *, options: Sequenc
 
 def _today() -> Path:
     root = Path(f"/var/tmp/berth-tests-{os.geteuid()}")
-    today = root / datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    now = datetime.datetime.now(datetime.UTC)
+    today, yesterday = (root / day.strftime("%Y-%m-%d") for day in (now, now - datetime.timedelta(days=1)))
     today.mkdir(parents=True, exist_ok=True)
     for folder in root.iterdir():
-        if folder != today:
+        if folder not in (today, yesterday):
             with contextlib.suppress(OSError):
                 shutil.rmtree(folder)
     return today
