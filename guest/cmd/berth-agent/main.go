@@ -89,6 +89,7 @@ func runServe() int {
 	if err := guest.ForwardSSHAgent(server.OpenToKeeper); err != nil {
 		complain("the SSH agent is not forwarded: " + err.Error())
 	}
+	boot.AwaitInit()
 	if doc.VM != nil {
 		stopAtShutdown(server, func() {}) // who comes now is served until we end
 		complain(channel.Serve(vmboot.OpenPort, server.Attend).Error())

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -40,8 +41,14 @@ func agent(t *testing.T, arguments ...string) *exec.Cmd {
 	return program
 }
 
-// startServe starts `agent serve` as a machine would and returns its process and socket.
+// startServe starts `agent serve` as a machine would that has become its init; it returns its process and socket.
 func startServe(t *testing.T) (*exec.Cmd, string) {
+	t.Helper()
+	return startServeAwaiting(t, nil) // /dev/null
+}
+
+// startServeAwaiting starts `agent serve` with a standard input that tells what became of process 1.
+func startServeAwaiting(t *testing.T, init io.Reader) (*exec.Cmd, string) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "agent.sock")
 	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
@@ -60,6 +67,7 @@ func startServe(t *testing.T) (*exec.Cmd, string) {
 	// As a host may start it that wants it to outlive a shortage of memory, only the other way round: that needs no rights.
 	program.Args = append([]string{"sh", "-c", `echo 500 >/proc/self/oom_score_adj; exec "$@"`, "sh", program.Path}, program.Args[1:]...)
 	program.Path = "/bin/sh"
+	program.Stdin = init
 	program.ExtraFiles = []*os.File{listening} // descriptor 3
 	if err := program.Start(); err != nil {
 		t.Fatal(err)
@@ -127,6 +135,35 @@ func TestServe(t *testing.T) {
 	_ = program.Process.Signal(syscall.SIGINT)
 	if out, _ := output(t, connect(t, path), "echo", "still here"); out != "still here\n" {
 		t.Errorf("%q", out)
+	}
+}
+
+func TestServeAnswersNobodyBeforeThereIsAnInit(t *testing.T) {
+	for _, becomesInit := range []bool{true, false} {
+		waiting, processOne, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer processOne.Close()
+		_, path := startServeAwaiting(t, waiting)
+		_ = waiting.Close()
+		conn := connect(t, path)
+		const aWhile = 300 * time.Millisecond
+		if hello, err := conn.WaitHello(aWhile); err == nil {
+			t.Fatal("it answers before there is an init:", hello)
+		}
+		if !becomesInit {
+			_, _ = processOne.Write([]byte{0})
+		}
+		_ = processOne.Close()
+		conn = connect(t, path)
+		within := soon
+		if !becomesInit {
+			within = aWhile
+		}
+		if _, err := conn.WaitHello(within); (err == nil) != becomesInit {
+			t.Errorf("an init: %t, its hello: %v", becomesInit, err)
+		}
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -16,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"berth.dev/guest/internal/initsys"
 )
@@ -68,13 +70,17 @@ func Become(doc *Document) int {
 	if err != nil {
 		say(fmt.Errorf("no notify socket: %w", err)) // the state is asked for instead
 	}
-	if err := startAgent(doc, notify); err != nil {
+	waiting, err := startAgent(doc, notify)
+	if err != nil {
 		return fail(exitFailed, fmt.Errorf("can't start the agent: %w", err))
 	}
 	if len(doc.Init) == 0 {
+		syscall.Close(waiting)
 		return beInit()
 	}
-	return becomeInit(doc, init, name)
+	status := becomeInit(doc, init, name)
+	_, _ = syscall.Write(waiting, []byte{0})
+	return status
 }
 
 // becomeInit returns only if it failed.
@@ -183,14 +189,20 @@ func notifySocket() (fd int, name string, err error) {
 }
 
 // startAgent starts this program again with no other descriptor than it needs, in a session of its own: as `agent
-// serve` with the listening socket, in a VM as `agent guard`. The notify socket comes last.
-func startAgent(doc *Document, notify int) error {
+// serve` with the listening socket, in a VM as `agent guard`. The notify socket comes last. The agent answers nobody
+// before `waiting` closes, as it does when we become the init, and never once something was written to it (AwaitInit).
+func startAgent(doc *Document, notify int) (waiting int, err error) {
 	null, err := syscall.Open("/dev/null", syscall.O_RDWR|syscall.O_CLOEXEC, 0)
 	if err != nil {
-		return fmt.Errorf("/dev/null: %w", err)
+		return -1, fmt.Errorf("/dev/null: %w", err)
 	}
 	defer syscall.Close(null)
-	role, fds := "guard", []uintptr{uintptr(null), uintptr(null), uintptr(null)}
+	var init [2]int
+	if err := syscall.Pipe2(init[:], syscall.O_CLOEXEC); err != nil {
+		return -1, err
+	}
+	defer syscall.Close(init[0])
+	role, fds := "guard", []uintptr{uintptr(init[0]), uintptr(null), uintptr(null)}
 	if doc.VM == nil {
 		role, fds = "serve", append(fds, ListenFD)
 	}
@@ -210,7 +222,15 @@ func startAgent(doc *Document, notify int) error {
 	if notify >= 0 {
 		syscall.Close(notify)
 	}
-	return err
+	return init[1], err
+}
+
+// AwaitInit returns when process 1 is the init: a machine that has none must not say that it runs. It waits for the end
+// of standard input, which is then as good as /dev/null; when there is no init, for ever.
+func AwaitInit() {
+	if n, _ := os.Stdin.Read(make([]byte, 1)); n > 0 {
+		time.Sleep(math.MaxInt64) // the machine's end is ours
+	}
 }
 
 // GiveNotifySocket adds to an environment that the notify socket is descriptor fd.
