@@ -55,8 +55,18 @@ def test_the_wheel_holds_what_it_should(wheel: Path) -> None:
         names = set(archive.namelist())
     assert {"berth/py.typed", "berth/packages.txt", "berth/__main__.py"} <= names
     others = [name for name in names if not name.startswith(("berth/", f"berth-{VERSION}.dist-info/"))]
-    assert not others
+    assert others == [f"berth-{VERSION}.data/scripts/berth"]
     assert not [name for name in names if name.endswith((".pyc", "stamp.json", ".partial"))]
+
+
+def test_pip_installs_our_launcher(wheel: Path, tmp_path: Path) -> None:
+    options = ["--disable-pip-version-check", "--quiet", "--no-deps", "--no-index", "--prefix", str(tmp_path)]
+    proc.run([sys.executable, "-m", "pip", "install", *options, str(wheel)], timeout_s=_DEADLINE_S)
+    launcher = tmp_path / "bin/berth"
+    assert launcher.read_text().splitlines()[0] == f"#!{sys.executable}"
+    (packages,) = tmp_path.glob("lib/python*/site-packages")
+    done = proc.run([str(launcher), "--version"], env={"PYTHONPATH": str(packages)})
+    assert done.stdout.decode() == f"berth {VERSION}\n"
 
 
 def test_berth_runs_from_the_wheel(wheel: Path) -> None:

@@ -44,6 +44,30 @@ class Clock:
         return self.now
 
 
+@pytest.mark.parametrize(
+    ("environment", "terminals", "expected"),
+    [
+        ("120", {1: 90}, 120),
+        ("", {1: 90, 2: 70}, 90),
+        ("x", {2: 70}, 70),
+        ("0", {1: 90}, 44),
+        ("", {}, 44),
+        ("", {1: 0}, 44),
+    ],
+)
+def test_how_wide_it_may_be(
+    monkeypatch: pytest.MonkeyPatch, environment: str, terminals: dict[int, int], expected: int
+) -> None:
+    def size(fd: int) -> os.terminal_size:
+        if fd not in terminals:
+            raise OSError(25, "Inappropriate ioctl for device")
+        return os.terminal_size((terminals[fd], 24))
+
+    monkeypatch.setenv("COLUMNS", environment)
+    monkeypatch.setattr(os, "get_terminal_size", size)
+    assert output.columns(44) == expected
+
+
 class TestTables:
     def test_columns(self, capfd: pytest.CaptureFixture[str]) -> None:
         output.emit_table(("NAME", "STATE"), [("dev", "running"), ("a-long-name", "")], coloured="STATE")
