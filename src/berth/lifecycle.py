@@ -11,13 +11,12 @@ import contextlib
 import functools
 import os
 import time
-import uuid
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from berth import bundle as bundles
-from berth import consolelog, locks, trees
+from berth import locks, trees
 from berth.agent import AgentClient, connect
 from berth.bundle import Bundle, Listed
 from berth.config import BootConfig, Change, HostUser, MachineConfig, apply_assignments, check_fits
@@ -137,7 +136,7 @@ class Machines:
             bootable = self._make_bootable(image, adapt, progress, ahead)
             image = bootable.image
             config = MachineConfig(
-                name=checked, id=uuid.uuid4().hex, image_reference=reference, image_digest=image.digest,
+                name=checked, id=os.urandom(16).hex(), image_reference=reference, image_digest=image.digest,
                 platform=image.platform, isolation=chosen, created=utc_now(), user=HostUser.current(),
                 init=bootable.init,
             )  # fmt: skip
@@ -396,6 +395,8 @@ class Machines:
 
         A stopped machine's services are read from the console, where the journal is forwarded to.
         """
+        from berth import consolelog  # with sessions and all: nothing else here needs them
+
         checked = self.resolve(name)
         bundle = Bundle(self.layout, checked)
         if not boot and self._has_journal(bundle):
@@ -419,6 +420,8 @@ class Machines:
             return False
 
     def _journal(self, name: MachineName, *, follow: bool, lines: int | None) -> Iterator[bytes]:
+        from berth import consolelog
+
         argv = ["journalctl", "--no-pager", "--output=short", "--boot"]
         argv += ["--follow"] if follow else []
         argv += [] if lines is None else [f"--lines={lines}"]

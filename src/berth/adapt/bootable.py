@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import secrets
+import os
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Literal
 
@@ -179,6 +179,6 @@ def _drop_template(layout: Layout, digest: str, in_use: Callable[[], Collection[
         if digest in in_use() or not template.exists():
             return
         # By this name the engine sweeps it, should we be killed now.
-        doomed = template.with_name(f"{template.name}.{secrets.token_hex(4)}.partial")
+        doomed = template.with_name(f"{template.name}.{os.urandom(4).hex()}.partial")
         template.rename(doomed)
     trees.delete(doomed)

@@ -13,7 +13,6 @@ import os
 import re
 import secrets
 import shutil
-import uuid
 from collections.abc import Generator, Sequence
 from typing import IO, TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -94,7 +93,7 @@ def workshop(
     """Start a throw-away machine of `image`; nothing of it is left at the end. `adapting` is held."""
     name = MachineName(f"{HIDDEN}{secrets.token_hex(4)}")
     config = MachineConfig(
-        name=name, id=uuid.uuid4().hex, image_reference=image.reference or image.digest, image_digest=image.digest,
+        name=name, id=os.urandom(16).hex(), image_reference=image.reference or image.digest, image_digest=image.digest,
         platform=image.platform, isolation="container", created=utc_now(), user=HostUser.current(), init=(),
     )  # fmt: skip
     boot = BootConfig(home_mount="none", ssh_agent=False)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import importlib
 from collections.abc import Mapping, Sequence
 from typing import cast
@@ -117,6 +116,8 @@ def find(words: Sequence[str]) -> tuple[Entry, list[str]]:
 
 
 def _unknown(word: str, valid: Sequence[str], *, noun: str = "") -> InvalidArgumentError:
+    import difflib  # for a mistake only
+
     close = difflib.get_close_matches(word, valid, 1, 0.7)
     what = f"unknown option {word}" if word.startswith("-") else f"unknown command '{f'{noun} {word}'.strip()}'"
     said = f"berth {noun}".strip()

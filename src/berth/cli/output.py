@@ -1,11 +1,11 @@
-"""What goes to stdout: tables for people, JSON for programs, names for scripts. `cli` only."""
+"""What goes to stdout: tables for people, JSON for programs, names for scripts; and how wide it may be. `cli` only."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 
@@ -50,11 +50,24 @@ def emit_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, colour
         emit(gap.join(cells).rstrip())
 
 
+def columns(otherwise: int = 80) -> int:
+    """Return how wide the terminal is that we write to, `otherwise` where there is none. COLUMNS goes before.
+
+    What shutil.get_terminal_size does, but for stderr as well; importing shutil costs each command 2 ms.
+    """
+    with contextlib.suppress(KeyError, ValueError):
+        return int(os.environ["COLUMNS"]) or otherwise
+    for fd in (1, 2):
+        with contextlib.suppress(OSError):
+            return os.get_terminal_size(fd).columns or otherwise
+    return otherwise
+
+
 def _gap(widths: Sequence[int]) -> int:
     """Choose how far columns stand apart: three blanks, on a narrow terminal fewer, so that rows stay whole."""
     if not os.isatty(1):
         return 3
-    room = shutil.get_terminal_size().columns - sum(widths)
+    room = columns() - sum(widths)
     return max(1, min(3, room // max(1, len(widths) - 1)))
 
 

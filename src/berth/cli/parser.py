@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-from berth.cli.output import write
+from berth.cli.output import columns, write
 from berth.errors import InvalidArgumentError
 
 Handler = Callable[[argparse.Namespace], int]
@@ -113,9 +113,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def width() -> int:
-    import shutil  # for a help text only
-
-    return max(60, min(100, shutil.get_terminal_size((100, 24)).columns))
+    return max(60, min(100, columns(100)))
 
 
 def _paragraphs(text: str) -> str:

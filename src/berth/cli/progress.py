@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator
 from typing import TextIO
 
 from berth.cli.main import colour_wanted
+from berth.cli.output import columns as terminal_columns
 from berth.progress import Progress, Silent
 from berth.units import format_size
 
@@ -66,12 +67,6 @@ class Lines:
             self._stream.flush()
 
 
-def _columns() -> int:
-    import shutil  # only a terminal has a bar
-
-    return shutil.get_terminal_size().columns
-
-
 class Bar:
     """Progress as one line that is drawn again and again, and gone at the end."""
 
@@ -81,7 +76,7 @@ class Bar:
         self._stream = stream
         self._clock = clock
         self._bold = colour_wanted(stream)
-        self._columns = columns or _columns
+        self._columns = columns or terminal_columns
         self._transfer = Transfer(clock)
         self._step = ""
         self._drawn = -1.0
