@@ -60,7 +60,8 @@ def test_the_wheel_holds_what_it_should(wheel: Path) -> None:
 
 
 def test_pip_installs_our_launcher(wheel: Path, tmp_path: Path) -> None:
-    options = ["--disable-pip-version-check", "--quiet", "--no-deps", "--no-index", "--prefix", str(tmp_path)]
+    # --ignore-installed: otherwise it first removes the berth that we run.
+    options = ["--quiet", "--no-deps", "--no-index", "--ignore-installed", "--prefix", str(tmp_path)]
     proc.run([sys.executable, "-m", "pip", "install", *options, str(wheel)], timeout_s=_DEADLINE_S)
     launcher = tmp_path / "bin/berth"
     assert launcher.read_text().splitlines()[0] == f"#!{sys.executable}"
