@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import stat
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,12 +27,17 @@ IPS = [*Subnet.parse("10.209.0.0/22").machines()]
 
 @pytest.fixture
 def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
-    """A layout on a host with no routes, of the user 1000."""
+    """A layout on a host with no routes, of the user 1000, whose machines live in 10.209.224.0/22."""
+
+    def choose(_owner: str, taken: Iterable[Subnet]) -> Subnet:
+        first = Subnet.parse("10.209.224.0/22")
+        return first if first not in list(taken) else choose_subnet("", taken)
 
     def no_routes(_bridge: str) -> list[Subnet]:
         return []
 
     monkeypatch.setattr(addresses, "host_routes", no_routes)
+    monkeypatch.setattr(addresses, "choose_subnet", choose)
     monkeypatch.setattr(os, "getuid", lambda: 1000)
     return Layout(tmp_path / "data", tmp_path / "run", tmp_path / "config", tmp_path / "cache")
 
@@ -91,7 +97,7 @@ def test_subnet_stays_while_somebody_lives_in_it(book: Layout, monkeypatch: pyte
     release(book, DEV)
     release(book, WEB)
     assert allocate(book, DEV).ip != dev.ip
-    assert addresses.subnet(book) == choose_subnet(1000, taken)
+    assert addresses.subnet(book) == choose_subnet("", taken)
 
 
 def test_twenty_at_once_get_twenty_addresses(book: Layout) -> None:
@@ -100,6 +106,17 @@ def test_twenty_at_once_get_twenty_addresses(book: Layout) -> None:
         found = list(pool.map(lambda name: allocate(book, name), names))
     assert len({address.ip for address in found}) == 20
     assert [lookup(book, name) for name in names] == found
+
+
+def test_two_data_directories_begin_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No route tells of the other's subnet while none of its machines runs."""
+
+    def no_routes(_bridge: str) -> list[Subnet]:
+        return []
+
+    monkeypatch.setattr(addresses, "host_routes", no_routes)
+    one, other = (Layout(Path(data), tmp_path, tmp_path, tmp_path) for data in ("/tmp/one", "/tmp/two"))
+    assert addresses.subnet(one) != addresses.subnet(other)
 
 
 def test_full_subnet_says_so(book: Layout) -> None:

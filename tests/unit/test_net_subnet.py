@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -57,27 +58,30 @@ def test_machines_of_a_subnet() -> None:
 
 
 def test_root_gets_the_first_subnet_and_users_others() -> None:
-    assert str(choose_subnet(0, [])) == "10.209.0.0/22"
-    assert str(choose_subnet(1000, [])) == "10.209.224.0/22"
-    assert choose_subnet(1000, []) != choose_subnet(1001, [])
+    assert str(choose_subnet("", [])) == "10.209.0.0/22"
+    chosen = Counter(choose_subnet(f"{uid} /home/user{uid}/.local/share/berth", []) for uid in range(1000, 1064))
+    assert choose_subnet("", []) not in chosen
+    assert max(chosen.values()) <= 5
+    assert choose_subnet("0 /tmp/one", []) != choose_subnet("0 /tmp/two", [])
+    assert choose_subnet("0 /caf\udce9", [])
 
 
-@given(st.integers(0, 2**32 - 2), st.lists(SUBNETS.filter(lambda subnet: subnet.prefix > 10), max_size=8))
-def test_chosen_subnet_collides_with_nothing(uid: int, taken: list[Subnet]) -> None:
-    chosen = choose_subnet(uid, taken)
+@given(st.text(max_size=20), st.lists(SUBNETS.filter(lambda subnet: subnet.prefix > 10), max_size=8))
+def test_chosen_subnet_collides_with_nothing(owner: str, taken: list[Subnet]) -> None:
+    chosen = choose_subnet(owner, taken)
     assert chosen.prefix == PREFIX
     assert not any(chosen.overlaps(other) for other in taken)
     assert any(Subnet.parse(pool).overlaps(chosen) for pool in POOLS)
 
 
 def test_vpn_over_a_private_range_sends_us_to_another() -> None:
-    assert str(choose_subnet(0, [Subnet.parse("10.0.0.0/8")])) == "172.29.0.0/22"
+    assert str(choose_subnet("", [Subnet.parse("10.0.0.0/8")])) == "172.29.0.0/22"
     private = [Subnet.parse(text) for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")]
-    assert str(choose_subnet(0, private)) == "198.18.0.0/22"
+    assert str(choose_subnet("", private)) == "198.18.0.0/22"
 
 
 def test_everything_taken_gives_the_first_choice() -> None:
-    assert str(choose_subnet(0, [Subnet.parse("0.0.0.0/1"), Subnet.parse("128.0.0.0/1")])) == "10.209.0.0/22"
+    assert str(choose_subnet("", [Subnet.parse("0.0.0.0/1"), Subnet.parse("128.0.0.0/1")])) == "10.209.0.0/22"
 
 
 def test_routes_of_the_host() -> None:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import glob
 import os
+import zlib
 from collections.abc import Generator
 from typing import cast
 
@@ -92,7 +93,7 @@ def allocate(layout: Layout, name: MachineName) -> Address:
         if name not in book.machines:
             if not book.machines:
                 # Nobody depends on the old plan: choose by the routes of today.
-                book.subnet = choose_subnet(os.getuid(), host_routes(bridge_name(layout)))
+                book.subnet = _choose_subnet(layout)
             used = set(book.machines.values())
             free = next((ip for ip in book.subnet.machines() if ip not in used), None)
             if free is None:
@@ -147,16 +148,24 @@ def subnet(layout: Layout) -> Subnet:
         return book.subnet
 
 
+def _choose_subnet(layout: Layout) -> Subnet:
+    owner = "" if _is_roots(layout) else f"{os.getuid()} {layout.data}"
+    return choose_subnet(owner, host_routes(bridge_name(layout)))
+
+
 def bridge_name(layout: Layout) -> str:
     """Name the bridge: ``berth0``; of root with a data directory elsewhere (tests) ``berth-`` and a hash of it.
 
     A user's bridge has a network namespace of its own, so nothing can collide there.
     """
-    if os.geteuid() != 0 or str(layout.data) == "/var/lib/berth":
+    if os.geteuid() != 0 or _is_roots(layout):
         return "berth0"
-    import zlib
-
     return f"berth-{zlib.crc32(os.fsencode(layout.data)):08x}"
+
+
+def _is_roots(layout: Layout) -> bool:
+    """Say whether these are the machines that root has where nothing else is set."""
+    return os.geteuid() == 0 and str(layout.data) == "/var/lib/berth"
 
 
 def host_routes(bridge: str) -> list[Subnet]:
@@ -180,7 +189,7 @@ def _load(layout: Layout) -> _Book:
     try:
         document = files.load_json(layout.addresses, schema=SCHEMA)
     except FileNotFoundError:
-        return _Book(choose_subnet(os.getuid(), host_routes(bridge_name(layout))), {})
+        return _Book(_choose_subnet(layout), {})
     where = str(layout.addresses)
     match document:
         case {"subnet": str(text), "machines": dict()}:

@@ -7,6 +7,7 @@ stable for life. Addresses are handled as integers: `ipaddress` costs more to im
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, cast
 
@@ -61,15 +62,16 @@ class Subnet(NamedTuple):
                 yield format_ip(address)
 
 
-def choose_subnet(uid: int, taken: Iterable[Subnet]) -> Subnet:
+def choose_subnet(owner: str, taken: Iterable[Subnet]) -> Subnet:
     """Choose a subnet that overlaps none of `taken`.
 
-    Root begins at the first candidate, users each elsewhere, so that users of one host seldom share one: their
-    machines' loopback addresses carry its last two octets.
+    owner: whose subnet it is to be; nobody's ("") is the first candidate. Each begins elsewhere, so that two seldom
+    share one: while no machine of the other runs, no route tells of it. (And users' loopback addresses carry its last
+    two octets.)
     If everything is taken (a VPN that routes all private ranges) the first choice it is: the longer prefix wins.
     """
     taken = list(taken)
-    first = 0 if uid == 0 else 1 + uid % (_CANDIDATES - 1)
+    first = 1 + zlib.crc32(owner.encode(errors="surrogateescape")) % (_CANDIDATES - 1) if owner else 0
     candidates = [
         Subnet(Subnet.parse(pool).base + (((first + step) % _CANDIDATES) << (32 - PREFIX)), PREFIX)
         for pool in POOLS
