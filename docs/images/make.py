@@ -1,6 +1,6 @@
-"""Make the pictures in docs/images: what a person sees of berth in a terminal, taken by tmux and drawn by rich.
+"""Make the pictures beside this: what a person sees of berth in a terminal, taken by tmux and drawn by rich.
 
-    .venv/bin/pip install -e '.[docs]' && .venv/bin/python script/screenshots.py
+    .venv/bin/pip install -e '.[docs]' && .venv/bin/python docs/images/make.py
 
 Needs tmux, docker-registry and mmdebstrap. Machines and images are in a folder of their own and gone at the end. What
 is drawn is the terminal's own content; a moment that passes (a bar) is waited for.
@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests")]
 
 from berth import proc  # noqa: E402
