@@ -116,7 +116,7 @@ def test_two_data_directories_begin_elsewhere(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(addresses, "host_routes", no_routes)
     one, other = (Layout(Path(data), tmp_path, tmp_path, tmp_path) for data in ("/tmp/one", "/tmp/two"))
-    assert addresses.subnet(one) != addresses.subnet(other)
+    assert addresses._choose_subnet(one) != addresses._choose_subnet(other)
 
 
 def test_full_subnet_says_so(book: Layout) -> None:
