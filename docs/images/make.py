@@ -94,16 +94,18 @@ def world() -> Generator[tuple[Terminal, str]]:
         folder = Path(tempfile.mkdtemp(prefix="berth-pictures-"))
         kept.callback(shutil.rmtree, folder)
         roots = {f"BERTH_{kind}_DIR": str(folder / kind.lower()) for kind in ("DATA", "RUNTIME", "CONFIG", "CACHE")}
-        os.environ.update(roots)
-        berth = str(Path(sys.executable).with_name("berth"))
+        program = Path(sys.executable).with_name("berth")
+
+        def berth(*words: str) -> None:
+            proc.run([str(program), *words], env=roots, timeout_s=_DEADLINE_S)
+
         host = kept.enter_context(docker_registry(folder / "registry")).host
         reference = f"{host}/team/debian:12"
-        proc.run([berth, "image", "import", str(bootstrap("bookworm")), reference], timeout_s=_DEADLINE_S)
-        proc.run([berth, "image", "push", reference], timeout_s=_DEADLINE_S)
-        proc.run([berth, "image", "rm", reference])
-        kept.callback(lambda: proc.run([berth, "rm", "--force", "--all"]))
-        path = f"{Path(berth).parent}:{os.environ['PATH']}"
-        terminal = Terminal(folder, {**roots, "PATH": path})
+        berth("image", "import", str(bootstrap("bookworm")), reference)
+        berth("image", "push", reference)
+        berth("image", "rm", reference)
+        kept.callback(berth, "rm", "--force", "--all")
+        terminal = Terminal(folder, {**roots, "PATH": f"{program.parent}:{os.environ['PATH']}"})
         kept.callback(terminal.close)
         yield terminal, reference
 
