@@ -242,6 +242,30 @@ func TestStopReadingKeepsThePeerGoing(t *testing.T) {
 	}
 }
 
+// A peer that floods what nobody reads, and takes none of the credit for it, comes to the end of its own.
+func TestFloodOfWhatNobodyReadsIsBounded(t *testing.T) {
+	near, far := pair(t)
+	host := NewConn(near, Options{Side: Host, Role: "keeper"})
+	defer host.Close()
+	stream, err := host.Open(Plain{TypeConnect})
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() { _ = stream.Write(Stdin, make([]byte, Window)) }() // more than the socket takes: our writer is stuck
+	stream.StopReading(Stdout)
+	_, _ = far.Write(AppendFrame(nil, 0, KindMessage, Encode(Hello{Type: TypeHello, Protocol: 1})))
+	for frame, sent := AppendFrame(nil, 1, Stdout, make([]byte, MaxData)), 0; host.Err() == nil; sent++ {
+		if sent > 100 {
+			t.Fatal("it takes everything, and keeps what it owes for it")
+		}
+		_, _ = far.Write(frame)
+	}
+	var wrong *ProtocolError
+	if !errors.As(host.Err(), &wrong) {
+		t.Fatal(host.Err())
+	}
+}
+
 func TestDataBeyondTheCreditIsRefused(t *testing.T) {
 	near, far := pair(t)
 	conn := NewConn(near, Options{Side: Guest, InitState: func() string { return "running" }})

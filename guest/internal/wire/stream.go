@@ -38,6 +38,7 @@ type queue struct {
 	chunks []*Chunk
 	end    bool // the end of file was received
 	closed bool // our reader is gone: what comes is dropped
+	owing  bool // credit for what was dropped is on its way
 }
 
 // Chunk is a piece of what was received. Give it back by Stream.Consumed.
@@ -190,12 +191,33 @@ func (s *Stream) receiveData(decoder *Decoder, frame Frame) error {
 	}
 	s.changed.Broadcast()
 	if queue.closed && !queue.end {
-		// Nobody reads it: the credit goes back, so that the peer comes to its end. Not from here, the reader.
-		if grant := s.flow.Consumed(frame.Kind, len(frame.Payload)); grant > 0 {
-			go s.grant(frame.Kind, grant)
-		}
+		s.dropped(frame.Kind, len(frame.Payload))
 	}
 	return nil
+}
+
+// dropped gives credit back for what nobody reads, so that the peer comes to its end. Not from here, the connection's
+// reader, which must not wait; and one grant after the other: a peer that floods us and takes none of them comes to the
+// end of its credit, instead of costing us a goroutine for each. Call it with the stream's lock.
+func (s *Stream) dropped(kind Kind, size int) {
+	s.flow.Owe(kind, size)
+	if s.data[kind].owing {
+		return
+	}
+	if grant := s.flow.Due(kind); grant > 0 {
+		s.data[kind].owing = true
+		go s.grantDropped(kind, grant)
+	}
+}
+
+func (s *Stream) grantDropped(kind Kind, grant uint32) {
+	for grant > 0 {
+		s.grant(kind, grant)
+		s.mutex.Lock()
+		grant = s.flow.Due(kind)
+		s.data[kind].owing = grant > 0
+		s.mutex.Unlock()
+	}
 }
 
 // push keeps a payload: in the last chunk's room, in the buffer that it came in, or in a new one.
