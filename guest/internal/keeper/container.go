@@ -203,9 +203,9 @@ func askConsole(conn *wire.Conn, socket *wire.Socket) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
+	defer stream.Drop()
 	message, err := stream.ReadMessage(consoleAnswer)
 	if err != nil {
-		stream.Drop()
 		return nil, err
 	}
 	master := socket.TakeFile()

@@ -266,11 +266,6 @@ func dial(conn *wire.Conn, port int) *wire.Stream {
 func relay(stream *wire.Stream, socket *wire.Socket) {
 	wire.Relay(stream, wire.Stdout, wire.Stdin, socket)
 	_ = stream.Finish(wire.Plain{Type: wire.TypeClosed}) // in vain when the guest has said it already
-	for {
-		if _, err := stream.ReadMessage(0); err != nil { // what it said counts as waiting until it is taken
-			return
-		}
-	}
 }
 
 // reset closes a client's connection so that it sees it refused, not answered with nothing.

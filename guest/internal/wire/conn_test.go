@@ -132,6 +132,24 @@ func TestMessageAfterOurEnd(t *testing.T) {
 	nothingStays(t, host)
 }
 
+// A message that nobody has taken when we end a stream counts as waiting no more, whichever way it was ended.
+func TestMessageBeforeOurEnd(t *testing.T) {
+	host, guest := connect(t)
+	for _, end := range []func(*Stream){(*Stream).Drop, func(s *Stream) { _ = s.Finish(Plain{TypeClosed}) }} {
+		near, far := open(t, host, guest, Plain{TypeStatus})
+		far.Taken()
+		if err := near.receiveMessage(Message{TypeStarted, Encode(Plain{TypeStarted})}); err != nil {
+			t.Fatal(err)
+		}
+		end(near)
+		if _, err := near.ReadMessage(soon); err != ErrEnded {
+			t.Fatal(err)
+		}
+		far.Drop()
+		nothingStays(t, host)
+	}
+}
+
 func TestReadMessageHasAnEnd(t *testing.T) {
 	host, guest := connect(t)
 	near, _ := open(t, host, guest, Plain{TypeStatus})

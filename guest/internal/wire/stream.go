@@ -76,7 +76,7 @@ func (s *Stream) Taken() {
 // Send sends a message that is not the last one.
 func (s *Stream) Send(message any) error { return s.send(Encode(message), false, nil) }
 
-// Finish sends the final message and ends the stream.
+// Finish sends the final message and ends the stream: what the peer said and nobody took is dropped.
 func (s *Stream) Finish(message any) error { return s.send(Encode(message), true, nil) }
 
 // FinishWithEnds is Finish with the ends of file of kinds before it, in one write.
@@ -90,6 +90,9 @@ func (s *Stream) FinishWithEnds(message any, kinds ...Kind) error {
 
 func (s *Stream) send(text []byte, final bool, frames []byte) error {
 	frames = AppendFrame(frames, s.ID, KindMessage, text)
+	if final {
+		defer s.discard()
+	}
 	return s.exclusively(func() error {
 		err := s.conn.writeLocked(frames)
 		if final {
@@ -114,6 +117,19 @@ func (s *Stream) exclusively(write func() error) error {
 func (s *Stream) Drop() {
 	s.conn.forget(s)
 	s.end(ErrEnded)
+	s.discard()
+}
+
+// discard lets go of what the peer said before our end and nobody took: it counts as waiting no more.
+func (s *Stream) discard() {
+	s.mutex.Lock()
+	waiting := 0
+	for _, message := range s.messages {
+		waiting += len(message.Raw)
+	}
+	s.messages = nil
+	s.mutex.Unlock()
+	s.conn.charge(-waiting)
 }
 
 func (s *Stream) end(err error) {
@@ -126,8 +142,8 @@ func (s *Stream) end(err error) {
 	}
 }
 
-// ReadMessage waits for the peer's next message, for at most timeout (0: no limit). After the stream's end it still
-// returns those that came before.
+// ReadMessage waits for the peer's next message, for at most timeout (0: no limit). After the peer's end of the stream it
+// still returns those that came before.
 func (s *Stream) ReadMessage(timeout time.Duration) (Message, error) {
 	s.mutex.Lock()
 	defer s.mutex.Unlock()
