@@ -284,6 +284,46 @@ func TestFloodOfWhatNobodyReadsIsBounded(t *testing.T) {
 	}
 }
 
+// Frames of any size cost at most twice the window in memory, also when they come one by one.
+func TestWaitingDataIsBounded(t *testing.T) {
+	for _, sizes := range [][]int{{1}, {4097}, {8193}, {8193, 253961}, {65538}, {100000}, {131077}, {MaxData}} {
+		host, guest := connect(t)
+		stream, _ := open(t, host, guest, Plain{TypeConnect})
+		decoder := NewDecoder(ToHost)
+		for left, i := Window, 0; left > 0; i++ {
+			size := min(left, sizes[i%len(sizes)])
+			left -= size
+			if err := stream.receiveData(decoder, feed(t, decoder, AppendFrame(nil, 1, Stdout, make([]byte, size)))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		held := 0
+		for _, chunk := range stream.data[Stdout].chunks {
+			held += len(chunk.buffer.Bytes)
+		}
+		if held > 2*Window+2*bigBuffer {
+			t.Error("a window in frames of", sizes, "bytes takes", held)
+		}
+	}
+}
+
+// feed gives a decoder the bytes of one frame, and returns that.
+func feed(t *testing.T, decoder *Decoder, data []byte) Frame {
+	t.Helper()
+	for len(data) > 0 {
+		data = data[decoder.Feed(data):]
+		frame, ok, err := decoder.Next()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ok {
+			return frame
+		}
+	}
+	t.Fatal("no frame")
+	panic("unreachable")
+}
+
 func TestDataBeyondTheCreditIsRefused(t *testing.T) {
 	near, far := pair(t)
 	conn := NewConn(near, Options{Side: Guest, InitState: func() string { return "running" }})
