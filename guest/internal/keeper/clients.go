@@ -3,7 +3,6 @@ package keeper
 import (
 	"errors"
 	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -51,7 +50,7 @@ func (k *vmKeeper) serve(conn *wire.Conn) {
 	var others sync.WaitGroup
 	defer others.Wait()
 	defer conn.Close() // before the wait
-	others.Go(func() { serveGuest(conn, filepath.Join(k.options.Dir, "ssh-agent")) })
+	others.Go(func() { k.services.serve(conn) })
 	others.Go(func() { k.keepClock(conn) })
 	others.Go(func() { k.acceptClients(conn) })
 	if k.ports != nil {

@@ -2,11 +2,13 @@ package keeper
 
 import (
 	"encoding/json"
+	"errors"
 	"io"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -691,6 +693,44 @@ func TestHostileAgent(t *testing.T) {
 		socket.Close()
 		if !keeper.runs() {
 			t.Fatalf("it ended by %.60q", answer)
+		}
+	}
+}
+
+// A guest that opens a stream and ends it, over and over, while the host's SSH agent has no time.
+func TestFloodOfServices(t *testing.T) {
+	dir := t.TempDir()
+	busy, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Close(busy)
+	if err := errors.Join(syscall.Bind(busy, &syscall.SockaddrUnix{Name: dir + "/busy.sock"}), syscall.Listen(busy, 0)); err != nil {
+		t.Fatal(err)
+	}
+	write := os.WriteFile(dir+"/ssh-agent", []byte(dir+"/busy.sock\n"), 0o600)
+	listener, err := wire.Listen(&syscall.SockaddrUnix{Name: dir + "/agent.sock"})
+	if err := errors.Join(write, err); err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	start(t, dir, nil)
+	flood := wire.AppendFrame(nil, 0, wire.KindMessage, wire.Encode(wire.Hello{Type: wire.TypeHello, Protocol: 1}))
+	for id := uint32(2); id < 1000; id += 2 {
+		flood = wire.AppendFrame(flood, id, wire.KindMessage, wire.Encode(wire.Open{Type: wire.TypeOpen, Service: "ssh-agent"}))
+		flood = wire.AppendFrame(flood, id, wire.KindMessage, wire.Encode(wire.Plain{Type: wire.TypeClosed}))
+	}
+	for range 10 { // another connection is no way round
+		socket, err := listener.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() { _, _ = io.Copy(io.Discard, socket) }()
+		_, _ = socket.Write(flood)
+		time.Sleep(20 * time.Millisecond)
+		socket.Close()
+		if count := runtime.NumGoroutine(); count > 3*maxServices {
+			t.Fatal("it has", count, "goroutines, most of which hold a thread")
 		}
 	}
 }
