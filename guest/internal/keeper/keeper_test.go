@@ -1,6 +1,7 @@
 package keeper
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"io"
@@ -526,6 +527,40 @@ func TestConsole(t *testing.T) {
 	held.Close()
 	keeper.ended()
 	keeper.logHas("last words")
+}
+
+// A machine that floods its console costs the host's processors and disk little.
+func TestConsoleFlood(t *testing.T) {
+	master, path := pty(t)
+	log, err := openLog(t.TempDir()+"/log", maxLog)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.close()
+	console := newConsole(log, make(chan struct{}, 1))
+	defer console.close()
+	console.attach(master)
+	file, err := os.OpenFile(path, os.O_WRONLY|syscall.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	written := make(chan int)
+	go func() {
+		total := 0
+		defer func() { written <- total }()
+		for {
+			count, err := file.Write(bytes.Repeat([]byte("flood "), 1000))
+			if total += count; err != nil {
+				return
+			}
+		}
+	}()
+	time.Sleep(1500 * time.Millisecond)
+	console.close()
+	file.Close()
+	if total := <-written; total > 4*flood {
+		t.Errorf("the flood was not slowed: %d bytes", total)
+	}
 }
 
 func TestConsoleIsAskedFor(t *testing.T) {
