@@ -23,6 +23,9 @@ const (
 	maxConnections = 256
 	// lowPortShift is added to ports that the user may not bind on the host: 80 becomes 8080.
 	lowPortShift = 8000
+	// listPause is how soon one list of ports is followed after another. An agent looks once a second; what one that
+	// does not stop says meanwhile waits, and in the end costs it the connection.
+	listPause = 100 * time.Millisecond
 	// retryPorts is how long a port that is taken on the host is left alone.
 	retryPorts  = 5 * time.Second
 	dialTimeout = 15 * time.Second
@@ -124,6 +127,10 @@ func (f *forwarder) follow(conn *wire.Conn) {
 			}
 			if !f.set(conn, listening.Ports) {
 				timeout = retryPorts
+			}
+			select {
+			case <-time.After(listPause):
+			case <-conn.Done():
 			}
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			if !f.apply() {

@@ -770,6 +770,25 @@ func TestFloodOfServices(t *testing.T) {
 	}
 }
 
+// An agent says at most once a second that other ports listen. One that never stops saying so costs the host little.
+func TestFloodOfPorts(t *testing.T) {
+	dir := t.TempDir()
+	agent := serve(t, dir)
+	start(t, dir, forwarding)
+	began := time.Now()
+	const lists = 5
+	for i := range lists {
+		agent.ports <- []int{30000 + i}
+		eventually(t, "the list", func() bool {
+			saved := savedPorts(dir)
+			return len(saved) == 1 && saved[0].Guest == 30000+i
+		})
+	}
+	if took := time.Since(began); took < (lists-1)*listPause {
+		t.Error("all lists were followed after", took)
+	}
+}
+
 func TestParse(t *testing.T) {
 	good := []string{"--dir", "/d", "--log", "/l"}
 	options, err := parse(append(good, "--console-fd", "5", "--forward", "127.1.2.3", "--pid=9"))
