@@ -203,7 +203,7 @@ func (k *containerKeeper) mendConsole(conn *wire.Conn, socket *wire.Socket) {
 }
 
 func askConsole(conn *wire.Conn, socket *wire.Socket) (*os.File, error) {
-	stream, err := conn.Open(wire.Plain{Type: wire.TypeConsole})
+	stream, err := ask(conn, wire.Plain{Type: wire.TypeConsole})
 	if err != nil {
 		return nil, err
 	}

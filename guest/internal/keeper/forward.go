@@ -111,7 +111,7 @@ func newForwarder(address netip.Addr, file string) *forwarder {
 func (f *forwarder) follow(conn *wire.Conn) {
 	f.set(conn, nil)
 	defer f.set(nil, nil)
-	stream, err := conn.Open(wire.Plain{Type: wire.TypeListeners})
+	stream, err := ask(conn, wire.Plain{Type: wire.TypeListeners})
 	if err != nil {
 		return
 	}
@@ -269,8 +269,19 @@ func dial(conn *wire.Conn, port int) *wire.Stream {
 	return stream
 }
 
-// relay joins a stream and a socket of the host until both are at their ends.
+// ask opens a stream for a request that is answered by messages: data on it is nobody's.
+func ask(conn *wire.Conn, request any) (*wire.Stream, error) {
+	stream, err := conn.Open(request)
+	if err == nil {
+		stream.StopReading(wire.Stdout)
+		stream.StopReading(wire.Stderr)
+	}
+	return stream, err
+}
+
+// relay joins a stream and a socket of the host until both are at their ends. What it carries has no errors of its own.
 func relay(stream *wire.Stream, socket *wire.Socket) {
+	stream.StopReading(wire.Stderr)
 	wire.Relay(stream, wire.Stdout, wire.Stdin, socket)
 	_ = stream.Finish(wire.Plain{Type: wire.TypeClosed}) // in vain when the guest has said it already
 }

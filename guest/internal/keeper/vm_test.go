@@ -639,6 +639,42 @@ func TestVMHostileAgent(t *testing.T) {
 	}
 }
 
+// Nobody reads what a guest sends of kinds that a stream has not: it must not be kept.
+func TestVMDataThatNobodyReads(t *testing.T) {
+	m := startMachine(t)
+	const clients = 30
+	sent := make(chan error, 2*clients)
+	serve := func(link io.ReadWriteCloser) {
+		conn := wire.NewConn(link, wire.Options{Side: wire.Guest, InitState: func() string { return "running" }})
+		defer conn.Close()
+		for {
+			stream, err := conn.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				_ = stream.Send(wire.Started{Type: wire.TypeStarted})
+				err := stream.Write(wire.Stderr, make([]byte, 4<<20))
+				if stream.Request.Type == wire.TypeConnect {
+					sent <- err
+				}
+			}()
+		}
+	}
+	go func() {
+		_ = channel.Serve(func() (io.ReadWriteCloser, error) { return m.accept(qemuChannel) }, serve)
+	}()
+	m.keeper(func(options *Options) { options.Forward = loopback })
+	for range clients {
+		m.client()
+	}
+	for range clients {
+		if err := take(t, sent); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // The machine was started again: the new sockets at the same paths are not this keeper's.
 func TestVMOtherMachinesSockets(t *testing.T) {
 	m := startMachine(t).agent()
