@@ -639,6 +639,30 @@ func TestVMHostileAgent(t *testing.T) {
 	}
 }
 
+// An agent that reads nothing of what a client sends, so that not even a question gets through to it, is given up too.
+func TestVMAgentThatReadsNothing(t *testing.T) {
+	m := startMachine(t)
+	m.keeperWith(func(times *times) { times.begin, times.answer = 20*time.Millisecond, 20*time.Millisecond })
+	socket, err := m.accept(qemuChannel)
+	if err != nil {
+		t.Fatal(err)
+	}
+	line := make([]byte, len("\nberth-channel 1 \n")+32)
+	if _, err := io.ReadFull(socket, line); err != nil {
+		t.Fatal(err)
+	}
+	_, _ = socket.Write(wire.AppendFrame(line, 0, wire.KindMessage, wire.Encode(wire.Hello{Type: wire.TypeHello, Protocol: 1})))
+	first := m.client()
+	for client := range slices.Values([]*wire.Socket{first, m.client(), m.client(), m.client()}) {
+		go func() { _, _ = client.Write(make([]byte, 4<<20)) }() // together more than the sockets on the way take
+	}
+	if _, err := first.Read(make([]byte, 1)); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error("the client waits for ever")
+	}
+	m.agent()
+	m.says(m.client(), "x")
+}
+
 // Nobody reads what a guest sends of kinds that a stream has not: it must not be kept.
 func TestVMDataThatNobodyReads(t *testing.T) {
 	m := startMachine(t)
