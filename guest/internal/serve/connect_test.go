@@ -168,7 +168,7 @@ func TestConnectIsTheKeepersOfAChannel(t *testing.T) {
 func TestConnectIsRefusedWhenThereAreTooMany(t *testing.T) {
 	server, keeper := channelOf(t, "keeper")
 	var streams []*wire.Stream
-	for len(streams) < maxConnections-1 { // the channel is one itself
+	for len(streams) < maxConnections { // as many as the keeper carries; the channel itself is none of them
 		stream, message := open(t, keeper)
 		if message.Type != wire.TypeStarted {
 			t.Fatalf("%d: %s", len(streams), message.Raw)
