@@ -2,6 +2,7 @@ package serve
 
 import (
 	"bytes"
+	"math"
 	"testing"
 	"time"
 
@@ -183,6 +184,18 @@ func TestConnectIsRefusedWhenThereAreTooMany(t *testing.T) {
 	}
 	_ = streams[0].CloseWrite(wire.Stdin)
 	until(t, server.hasRoom)
+}
+
+// Not by a request: it would set the clock of whoever runs the tests.
+func TestClockOfNoTime(t *testing.T) {
+	for _, nanos := range []int64{0, -1, 1, math.MinInt64} {
+		if isPossible(time.Unix(0, nanos)) {
+			t.Error(nanos)
+		}
+	}
+	if !isPossible(time.Now()) {
+		t.Error("now is not possible")
+	}
 }
 
 func TestClockIsLeftAloneWhenItIsRight(t *testing.T) {
