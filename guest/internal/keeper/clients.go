@@ -33,6 +33,8 @@ func (k *vmKeeper) serveChannel(socket *wire.Socket) time.Duration {
 	began := time.Now()
 	conn := wire.NewConn(stream, wire.Options{Side: wire.Host, Version: k.options.Version, Role: "keeper", MaxStreams: maxServices})
 	defer conn.Close()
+	k.setChannel(conn)
+	defer k.setChannel(nil)
 	if _, err := conn.WaitHello(helloTime); err == nil {
 		k.serve(conn)
 	}
@@ -44,8 +46,6 @@ func (k *vmKeeper) serveChannel(socket *wire.Socket) time.Duration {
 
 // serve works over a connection whose agent has greeted.
 func (k *vmKeeper) serve(conn *wire.Conn) {
-	k.setChannel(conn)
-	defer k.setChannel(nil)
 	k.settled.Reset(settleAfter) // when the start is behind it
 	var others sync.WaitGroup
 	defer others.Wait()

@@ -338,6 +338,29 @@ func TestVMPortChanges(t *testing.T) {
 	m.says(m.client(), "z")
 }
 
+// An agent that is killed before it has greeted is not waited for.
+func TestVMPortClosesBeforeTheGreeting(t *testing.T) {
+	m := startMachine(t)
+	m.keeper(nil)
+	monitor := greetMonitor(t, m)
+	monitor.waitCommand("query-status")
+	socket, err := m.accept(qemuChannel)
+	if err != nil {
+		t.Fatal(err)
+	}
+	line := make([]byte, len("\nberth-channel 1 \n")+32)
+	if _, err := io.ReadFull(socket, line); err != nil {
+		t.Fatal(err)
+	}
+	_, _ = socket.Write(line)
+	if _, err := socket.Read(line); err != nil { // its hello: it waits for ours
+		t.Fatal(err)
+	}
+	m.agent()
+	monitor.event("VSERPORT_CHANGE", `{"open": false, "id": "agent"}`)
+	m.says(m.client(), "x")
+}
+
 // Where QEMU says nothing, an agent that is not there any more is found out by the client that it does not take.
 func TestVMDeadAgent(t *testing.T) {
 	m := startMachine(t).agent()
