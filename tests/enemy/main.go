@@ -55,6 +55,7 @@ func init() {
 		"foreign-fds":  findForeign,
 		"fork":         forkMany,
 		"be-agent":     beAgent,
+		"be-port":      bePort,
 		"replace-node": replaceNode,
 	}
 }

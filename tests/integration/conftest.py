@@ -14,9 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from berth import host, proc
+from enemies import SOURCE
+from hatch_build import find_go
 from ordinary import Ordinary
 from person import Person, as_ordinary, as_root
-from support import need
+from support import ROOT, need
 
 SHARED_IMAGES = Path("/work/shared/images")
 _numbers = itertools.count(1)
@@ -108,6 +111,29 @@ def machine(person: Person, alpine: str, alpine_tar: Path) -> Generator[Callable
     yield make
     for name in made:
         person.try_berth("rm", "--force", name)
+
+
+@pytest.fixture(scope="session")
+def weapons(session: Path) -> dict[str, Path]:
+    """The attacking program, for this host and, as `386`, for its 32-bit half."""
+    need("go")
+    go = find_go()
+    assert go is not None
+    found: dict[str, Path] = {}
+    folder = session / "enemy"
+    for arch in (host.architecture(), *(["386"] if host.architecture() == "amd64" else [])):
+        target = folder / arch
+        env = {"CGO_ENABLED": "0", "GO111MODULE": "off", "GOARCH": arch, "GOFLAGS": ""}
+        env["GOCACHE"] = os.environ.get("BERTH_GOCACHE", str(ROOT / "build/go-cache"))
+        proc.run([str(go), "build", "-o", str(target), "."], cwd=SOURCE, env=env, timeout_s=250)
+        found[arch] = target
+    folder.chmod(0o755)
+    return found
+
+
+@pytest.fixture(scope="session")
+def weapon(weapons: dict[str, Path]) -> Path:
+    return weapons[host.architecture()]
 
 
 @pytest.fixture

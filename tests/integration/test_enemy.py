@@ -15,22 +15,18 @@ import shlex
 import socket
 import stat
 import subprocess
-import sys
 import tarfile
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 
 import pytest
 
-from berth import host, proc
+from berth import host
 from berth.engine.crun import cgroups
-from hatch_build import find_go
+from enemies import MOST_MEMORY, arm, assert_one_error, peak, resident
 from person import Person
-from support import ROOT, need
 
-HERE = ROOT / "tests/enemy"
 REFUSED = {"EPERM", "EACCES", "EINVAL", "EROFS"}
 HIDDEN = ".vault-token.d"  # of docs/security.md's list; nobody's here, most likely
 SECRET = f"berth-enemy-{os.getpid()}"  # in it; root's home has two workers' secrets at once
@@ -69,29 +65,6 @@ def _outcome(line: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def weapons(session: Path) -> dict[str, Path]:
-    """The attacking program, for this host and, as `386`, for its 32-bit half."""
-    need("go")
-    go = find_go()
-    assert go is not None
-    found: dict[str, Path] = {}
-    folder = session / "enemy"
-    for arch in (host.architecture(), *(["386"] if host.architecture() == "amd64" else [])):
-        target = folder / arch
-        env = {"CGO_ENABLED": "0", "GO111MODULE": "off", "GOARCH": arch, "GOFLAGS": ""}
-        env["GOCACHE"] = os.environ.get("BERTH_GOCACHE", str(ROOT / "build/go-cache"))
-        proc.run([str(go), "build", "-o", str(target), "."], cwd=HERE, env=env, timeout_s=250)
-        found[arch] = target
-    folder.chmod(0o755)
-    return found
-
-
-@pytest.fixture(scope="session")
-def weapon(weapons: dict[str, Path]) -> Path:
-    return weapons[host.architecture()]
-
-
-@pytest.fixture(scope="session")
 def on_host(weapon: Path) -> Callable[..., str]:
     """Attack as the host's root, for comparison."""
 
@@ -100,12 +73,6 @@ def on_host(weapon: Path) -> Callable[..., str]:
         return _outcome(f"{done.returncode}|{done.stdout.decode().strip()}")
 
     return attack
-
-
-def arm(person: Person, name: str, weapon: Path) -> None:
-    """Bring the attacking program into a machine: below /den, for root's home there is the host's."""
-    script = "mkdir -p /den && cat > /den/enemy.new && chmod 755 /den/enemy.new && mv /den/enemy.new /den/enemy"
-    person.berth("run", "-n", name, "--root", "--", "sh", "-c", script, input=weapon.read_bytes())
 
 
 @pytest.fixture(scope="session")
@@ -452,7 +419,6 @@ def test_an_agent_started_again_brings_nothing_of_the_hosts(
 # An agent that is none ------------------------------------------------------------------------------------------------
 
 _MANNERS = ("hangup", "garbage", "huge", "escapes", "unasked", "noise")
-_MOST = 96  # MiB that the command line may take; it takes about 40
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -480,36 +446,6 @@ class Hostage:
         (self.orders / "manner").write_text(manner)
 
 
-# A small process in between: what has just forked counts the memory of whom it forked from, and that is the tests' own.
-_MEASURE = """
-import os, sys
-pid = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ)
-_, status, usage = os.wait4(pid, 0)
-with open(sys.argv[1], "w") as file:
-    file.write(f"{os.waitstatus_to_exitcode(status)} {usage.ru_maxrss}")
-"""
-
-
-def peak(person: Person, *words: str, timeout_s: float = 60.0) -> tuple[int, bytes, bytes, int]:
-    """Run berth; return its status, both outputs and the most memory that it had, in MiB."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.NamedTemporaryFile() as told:
-        argv = person.command([*person.program, *words], {}, None)
-        measured = [sys.executable, "-S", "-c", _MEASURE, told.name, *argv]
-        subprocess.run(measured, stdin=subprocess.DEVNULL, stdout=out, stderr=err, timeout=timeout_s, check=True)
-        status, most = Path(told.name).read_text().split()
-        out.seek(0)
-        err.seek(0)
-        return int(status), out.read(1 << 20), err.read(1 << 20), int(most) // 1024
-
-
-def assert_one_error(stderr: bytes) -> None:
-    """One message, perhaps with a hint, and nothing in it that a terminal would obey."""
-    lines = stderr.decode().splitlines()
-    assert lines[0].startswith("berth: ")
-    assert len(lines) == 1 or (len(lines) == 2 and lines[1].startswith("hint: "))
-    assert not [letter for line in lines for letter in line if not letter.isprintable()], lines
-
-
 @pytest.fixture
 def hostage(person: Person, machine: Callable[..., str], weapon: Path, scratch: Path) -> Hostage:
     orders = scratch / "orders"
@@ -522,7 +458,7 @@ def hostage(person: Person, machine: Callable[..., str], weapon: Path, scratch: 
     return made
 
 
-@pytest.mark.container("a VM's keeper is between: guest/internal/keeper and channel have its hostile agents")
+@pytest.mark.container("a VM's keeper is between: test_enemy_channel.py")
 def test_a_false_agent_costs_the_command_line_one_error(hostage: Hostage) -> None:
     person, name = hostage.person, hostage.name
     keeper = person.pids(name)["keeper"]
@@ -530,14 +466,14 @@ def test_a_false_agent_costs_the_command_line_one_error(hostage: Hostage) -> Non
         hostage.order(manner)
         for _ in range(3 if manner == "noise" else 1):
             status, stdout, stderr, memory = peak(person, "run", "-n", name, "--", "true")
-            assert memory < _MOST, manner
+            assert memory < MOST_MEMORY, manner
             if manner == "noise" and not stderr:
                 continue  # by chance it was an answer
             assert status == 125, (manner, stderr)
             assert_one_error(stderr)
             assert manner == "noise" or stdout == b""
         status, stdout, stderr, memory = peak(person, "wait", name, "--for", "init", "--timeout", "2")
-        assert memory < _MOST, manner
+        assert memory < MOST_MEMORY, manner
         if manner != "noise":
             assert (status, stdout) == (1, b""), manner
             assert_one_error(stderr)
@@ -550,12 +486,6 @@ def test_a_false_agent_costs_the_command_line_one_error(hostage: Hostage) -> Non
     assert resident(keeper) < 64
     person.berth("stop", name, "-t", "0.5")
     assert person.inspect(name)["status"] == "stopped"
-
-
-def resident(pid: int) -> int:
-    """Return how much memory a process has, in MiB."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGESIZE") >> 20
 
 
 # Files of the guest that somebody reads ------------------------------------------------------------------------------
@@ -595,7 +525,7 @@ def test_odd_files_of_the_guest_hang_nobody(person: Person, machine: Callable[..
 
 @pytest.mark.container("test_vm.py floods a VM's")
 def test_a_flood_on_the_console_fills_no_disk(person: Person, den: Den) -> None:
-    den.sh(r"yes \"$(printf '\\033]0;owned\\007')\" | head -c 20000000 > /dev/console")
+    den.sh(r"yes \"$(printf '\\033]0;owned\\007')\" | head -c 9000000 > /dev/console")
     logs = person.layout.bundle(den.name) / "logs"  # type: ignore[arg-type]
     assert 8 << 20 < sum(path.stat().st_size for path in logs.iterdir()) <= 17 << 20
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in logs.iterdir())

@@ -201,6 +201,17 @@ def test_streams_are_limited_on_both_sides() -> None:
     assert host.open(StatusRequest()) == 2 * MAX_STREAMS + 1
 
 
+def test_a_request_on_a_stream_that_has_ended_is_dropped() -> None:
+    host, guest = pair()
+    for stream in (1, 3):
+        list(guest.feed(send_raw(stream, {"type": "status"})))
+    guest.send(1, Result(members={}))
+    assert list(guest.feed(send_raw(1, {"type": "status"}))) == []
+    with pytest.raises(ProtocolError, match="stream 3"):
+        list(guest.feed(send_raw(3, {"type": "status"})))
+    assert host.hello is not None
+
+
 def test_an_unknown_request_is_answered_not_fatal() -> None:
     host, guest = pair()
     stream = host.open(StatusRequest())
@@ -209,7 +220,7 @@ def test_an_unknown_request_is_answered_not_fatal() -> None:
     (event,) = flush(guest, host)
     assert isinstance(event, MessageArrived)
     assert isinstance(event.message, Error)
-    assert event.message.code == "invalid_argument"
+    assert event.message.code == "unsupported"
     with pytest.raises(ProtocolError, match="unknown type 'teleport'"):
         list(host.feed(send_raw(0, {"type": "teleport"})))
 

@@ -1,11 +1,10 @@
 package exec
 
 import (
-	"io"
-	"os"
 	"strconv"
 	"strings"
 
+	"berth.dev/guest/internal/files"
 	"berth.dev/guest/internal/passwd"
 	"berth.dev/guest/internal/wire"
 )
@@ -94,17 +93,11 @@ func setSession(e *environment, uid uint32) {
 }
 
 func readEnvironmentFile(path string) string {
-	info, err := os.Stat(path)
-	if err != nil || !info.Mode().IsRegular() {
-		return ""
-	}
-	file, err := os.Open(path)
+	text, err := files.Read(path)
 	if err != nil {
 		return ""
 	}
-	defer file.Close()
-	text, _ := io.ReadAll(io.LimitReader(file, maxEnvironmentFile))
-	return string(text)
+	return string(text[:min(len(text), maxEnvironmentFile)])
 }
 
 // parseEnvironmentFile reads lines as pam_env does: K=V, perhaps exported, perhaps quoted; # begins a comment line.

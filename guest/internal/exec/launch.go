@@ -195,7 +195,7 @@ func (c *command) start(path string, files [3]int, terminal bool) (*process, err
 
 // isScript says whether a file that the kernel can't execute looks like text: no NUL byte in its beginning.
 func isScript(path string) bool {
-	file, err := os.Open(path)
+	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // it may be a FIFO by now
 	if err != nil {
 		return false
 	}

@@ -1,7 +1,7 @@
 // Package exec runs commands for the `exec` requests of docs/protocol.md.
 //
 // It owns the whole life of a command: who it runs as, its environment, its terminal or pipes, its bytes, its signals
-// and its end. serve calls Run once per request; exec calls passwd and wire.
+// and its end. serve calls Run once per request; exec calls files, passwd and wire.
 //
 // Children are waited for one by one, by their own id. The agent is no subreaper: what a command leaves behind becomes a
 // child of the guest's init, whose business it is to reap it, as with any daemon.

@@ -236,6 +236,17 @@ func TestSystemdState(t *testing.T) {
 	}
 }
 
+// What a program leaves in the background has its output open, and may have it for ever.
+func TestRunDoesNotWaitForTheBackground(t *testing.T) {
+	began := time.Now()
+	if err := run("sh", "-c", "sleep 20 &"); err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(began); took > 10*time.Second {
+		t.Error("it took", took)
+	}
+}
+
 func TestTrackerWaits(t *testing.T) {
 	root := t.TempDir()
 	init := &Init{System: OpenRC, Program: Busybox, root: root}

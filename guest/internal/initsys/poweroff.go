@@ -2,6 +2,7 @@ package initsys
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os/exec"
 	"strings"
@@ -12,6 +13,8 @@ import (
 const (
 	powerOffWithin = 10 * time.Second
 	askAgainAfter  = 300 * time.Millisecond
+	// lingering is how long a program's output is waited for after its end: somebody in the background may have it.
+	lingering = 500 * time.Millisecond
 	// sigPowerOff is SIGRTMIN+4 as the C library counts: systemd(1) starts poweroff.target on it.
 	sigPowerOff = syscall.Signal(34 + 4)
 )
@@ -66,8 +69,9 @@ func run(argv ...string) error {
 	defer cancel()
 	command := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	command.Dir = "/"
+	command.WaitDelay = lingering
 	output, err := command.CombinedOutput()
-	if err == nil {
+	if err == nil || errors.Is(err, exec.ErrWaitDelay) {
 		return nil
 	}
 	text := strings.TrimSpace(string(output))

@@ -208,7 +208,9 @@ func askSystemd(ctx context.Context) string {
 	ctx, cancel := context.WithTimeout(ctx, askWithin)
 	defer cancel()
 	// It exits with 1 for everything but running: the word counts.
-	output, _ := exec.CommandContext(ctx, "systemctl", "is-system-running").Output()
+	command := exec.CommandContext(ctx, "systemctl", "is-system-running")
+	command.WaitDelay = lingering
+	output, _ := command.Output()
 	return systemdState(string(output))
 }
 

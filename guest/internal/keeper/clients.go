@@ -3,7 +3,6 @@ package keeper
 import (
 	"errors"
 	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -34,6 +33,8 @@ func (k *vmKeeper) serveChannel(socket *wire.Socket) time.Duration {
 	began := time.Now()
 	conn := wire.NewConn(stream, wire.Options{Side: wire.Host, Version: k.options.Version, Role: "keeper", MaxStreams: maxServices})
 	defer conn.Close()
+	k.setChannel(conn)
+	defer k.setChannel(nil)
 	if _, err := conn.WaitHello(helloTime); err == nil {
 		k.serve(conn)
 	}
@@ -45,13 +46,11 @@ func (k *vmKeeper) serveChannel(socket *wire.Socket) time.Duration {
 
 // serve works over a connection whose agent has greeted.
 func (k *vmKeeper) serve(conn *wire.Conn) {
-	k.setChannel(conn)
-	defer k.setChannel(nil)
 	k.settled.Reset(settleAfter) // when the start is behind it
 	var others sync.WaitGroup
 	defer others.Wait()
 	defer conn.Close() // before the wait
-	others.Go(func() { serveGuest(conn, filepath.Join(k.options.Dir, "ssh-agent")) })
+	others.Go(func() { k.services.serve(conn) })
 	others.Go(func() { k.keepClock(conn) })
 	others.Go(func() { k.acceptClients(conn) })
 	if k.ports != nil {

@@ -20,7 +20,7 @@ const (
 // also to learn whether the agent is still the one that the connection was made with: another one does not answer.
 func (k *vmKeeper) keepClock(conn *wire.Conn) {
 	asleep := hostSlept()
-	setClock(conn, 0)
+	setClock(conn)
 	ticker := time.NewTicker(k.times.clock)
 	defer ticker.Stop()
 	for {
@@ -28,32 +28,50 @@ func (k *vmKeeper) keepClock(conn *wire.Conn) {
 		case <-conn.Done():
 			return
 		case <-k.doubt:
-			if !setClock(conn, k.times.answer) && !k.monitor.isPaused() {
-				conn.Close()
-			}
+			k.doubts(conn)
 		case <-k.retune:
-			setClock(conn, 0)
+			setClock(conn)
 		case <-ticker.C:
 			if now := hostSlept(); now-asleep > sleptEnough {
 				asleep = now
-				setClock(conn, 0)
+				setClock(conn)
 			}
 		}
 	}
 }
 
-// setClock tells the agent the time. With a patience it waits for the answer and says whether one came.
-func setClock(conn *wire.Conn, patience time.Duration) bool {
-	stream, err := conn.Open(wire.Clock{Type: wire.TypeClock, UnixNanos: time.Now().UnixNano()})
-	if err != nil {
-		return false
+// doubts hangs up if the agent does not answer, also where not even the question gets through: it may have stopped
+// reading. A paused machine has all the time it wants.
+func (k *vmKeeper) doubts(conn *wire.Conn) {
+	answered := make(chan struct{})
+	go func() {
+		defer close(answered)
+		if stream, err := askClock(conn); err == nil {
+			defer stream.Drop()
+			_, _ = stream.ReadMessage(0)
+		}
+	}()
+	for {
+		select {
+		case <-answered:
+			return
+		case <-time.After(k.times.answer):
+			if !k.monitor.isPaused() {
+				conn.Close()
+			}
+		}
 	}
-	defer stream.Drop()
-	if patience == 0 {
-		return true
+}
+
+// setClock tells the agent the time, and waits for no answer.
+func setClock(conn *wire.Conn) {
+	if stream, err := askClock(conn); err == nil {
+		stream.Drop()
 	}
-	_, err = stream.ReadMessage(patience)
-	return err == nil
+}
+
+func askClock(conn *wire.Conn) (*wire.Stream, error) {
+	return ask(conn, wire.Clock{Type: wire.TypeClock, UnixNanos: time.Now().UnixNano()})
 }
 
 // hostSlept is how long the host has been suspended since its boot.

@@ -114,6 +114,7 @@ func (c *console) setHungUp(master *os.File, hungUp bool) bool {
 // pump reads until the pty is lost or another one took its place.
 func (c *console) pump(master *os.File) {
 	buffer := make([]byte, consoleBuffer)
+	var pace pace
 	for {
 		n, err := master.Read(buffer)
 		if n > 0 {
@@ -124,6 +125,7 @@ func (c *console) pump(master *os.File) {
 			if !c.setHungUp(master, false) {
 				return
 			}
+			pace.keep(n, nil)
 		case errors.Is(err, syscall.EIO):
 			if !c.setHungUp(master, true) {
 				return

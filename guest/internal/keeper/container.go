@@ -14,11 +14,12 @@ import (
 
 // containerKeeper is the state of one run. What is not said to be shared belongs to the goroutine of run.
 type containerKeeper struct {
-	options Options
-	times   times
-	console *console
-	ports   *forwarder // nil: nothing is forwarded
-	changed chan struct{}
+	options  Options
+	times    times
+	console  *console
+	services *services
+	ports    *forwarder // nil: nothing is forwarded
+	changed  chan struct{}
 
 	mu        sync.Mutex
 	lastAlive time.Time // of the connection to the agent
@@ -28,7 +29,10 @@ type containerKeeper struct {
 
 // keepContainer keeps a container until it has ended, or stop brings something.
 func keepContainer(options Options, times times, log *consoleLog, ports *forwarder, stop <-chan os.Signal) {
-	k := &containerKeeper{options: options, times: times, ports: ports, changed: make(chan struct{}, 1), lastAlive: time.Now()}
+	k := &containerKeeper{
+		options: options, times: times, services: newServices(options.Dir), ports: ports,
+		changed: make(chan struct{}, 1), lastAlive: time.Now(),
+	}
 	k.console = newConsole(log, k.changed)
 	defer k.console.close()
 	if options.ConsoleFD >= 0 {
@@ -163,7 +167,7 @@ func (k *containerKeeper) serve(socket *wire.Socket, done <-chan struct{}) bool 
 	if _, err := conn.WaitHello(0); err != nil {
 		return false
 	}
-	others.Go(func() { serveGuest(conn, filepath.Join(k.options.Dir, "ssh-agent")) })
+	others.Go(func() { k.services.serve(conn) })
 	if k.ports != nil {
 		others.Go(func() { k.ports.follow(conn) })
 	}
@@ -199,13 +203,13 @@ func (k *containerKeeper) mendConsole(conn *wire.Conn, socket *wire.Socket) {
 }
 
 func askConsole(conn *wire.Conn, socket *wire.Socket) (*os.File, error) {
-	stream, err := conn.Open(wire.Plain{Type: wire.TypeConsole})
+	stream, err := ask(conn, wire.Plain{Type: wire.TypeConsole})
 	if err != nil {
 		return nil, err
 	}
+	defer stream.Drop()
 	message, err := stream.ReadMessage(consoleAnswer)
 	if err != nil {
-		stream.Drop()
 		return nil, err
 	}
 	master := socket.TakeFile()

@@ -23,6 +23,9 @@ const (
 	maxConnections = 256
 	// lowPortShift is added to ports that the user may not bind on the host: 80 becomes 8080.
 	lowPortShift = 8000
+	// listPause is how soon one list of ports is followed after another. An agent looks once a second; what one that
+	// does not stop says meanwhile waits, and in the end costs it the connection.
+	listPause = 100 * time.Millisecond
 	// retryPorts is how long a port that is taken on the host is left alone.
 	retryPorts  = 5 * time.Second
 	dialTimeout = 15 * time.Second
@@ -108,7 +111,7 @@ func newForwarder(address netip.Addr, file string) *forwarder {
 func (f *forwarder) follow(conn *wire.Conn) {
 	f.set(conn, nil)
 	defer f.set(nil, nil)
-	stream, err := conn.Open(wire.Plain{Type: wire.TypeListeners})
+	stream, err := ask(conn, wire.Plain{Type: wire.TypeListeners})
 	if err != nil {
 		return
 	}
@@ -124,6 +127,10 @@ func (f *forwarder) follow(conn *wire.Conn) {
 			}
 			if !f.set(conn, listening.Ports) {
 				timeout = retryPorts
+			}
+			select {
+			case <-time.After(listPause):
+			case <-conn.Done():
 			}
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			if !f.apply() {
@@ -262,15 +269,21 @@ func dial(conn *wire.Conn, port int) *wire.Stream {
 	return stream
 }
 
-// relay joins a stream and a socket of the host until both are at their ends.
+// ask opens a stream for a request that is answered by messages: data on it is nobody's.
+func ask(conn *wire.Conn, request any) (*wire.Stream, error) {
+	stream, err := conn.Open(request)
+	if err == nil {
+		stream.StopReading(wire.Stdout)
+		stream.StopReading(wire.Stderr)
+	}
+	return stream, err
+}
+
+// relay joins a stream and a socket of the host until both are at their ends. What it carries has no errors of its own.
 func relay(stream *wire.Stream, socket *wire.Socket) {
+	stream.StopReading(wire.Stderr)
 	wire.Relay(stream, wire.Stdout, wire.Stdin, socket)
 	_ = stream.Finish(wire.Plain{Type: wire.TypeClosed}) // in vain when the guest has said it already
-	for {
-		if _, err := stream.ReadMessage(0); err != nil { // what it said counts as waiting until it is taken
-			return
-		}
-	}
 }
 
 // reset closes a client's connection so that it sees it refused, not answered with nothing.

@@ -1,12 +1,15 @@
 package keeper
 
 import (
+	"bytes"
 	"encoding/json"
+	"errors"
 	"io"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -526,6 +529,40 @@ func TestConsole(t *testing.T) {
 	keeper.logHas("last words")
 }
 
+// A machine that floods its console costs the host's processors and disk little.
+func TestConsoleFlood(t *testing.T) {
+	master, path := pty(t)
+	log, err := openLog(t.TempDir()+"/log", maxLog)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.close()
+	console := newConsole(log, make(chan struct{}, 1))
+	defer console.close()
+	console.attach(master)
+	file, err := os.OpenFile(path, os.O_WRONLY|syscall.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	written := make(chan int)
+	go func() {
+		total := 0
+		defer func() { written <- total }()
+		for {
+			count, err := file.Write(bytes.Repeat([]byte("flood "), 1000))
+			if total += count; err != nil {
+				return
+			}
+		}
+	}()
+	time.Sleep(1500 * time.Millisecond)
+	console.close()
+	file.Close()
+	if total := <-written; total > 4*flood {
+		t.Errorf("the flood was not slowed: %d bytes", total)
+	}
+}
+
 func TestConsoleIsAskedFor(t *testing.T) {
 	dir := t.TempDir()
 	agent := serve(t, dir)
@@ -692,6 +729,63 @@ func TestHostileAgent(t *testing.T) {
 		if !keeper.runs() {
 			t.Fatalf("it ended by %.60q", answer)
 		}
+	}
+}
+
+// A guest that opens a stream and ends it, over and over, while the host's SSH agent has no time.
+func TestFloodOfServices(t *testing.T) {
+	dir := t.TempDir()
+	busy, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Close(busy)
+	if err := errors.Join(syscall.Bind(busy, &syscall.SockaddrUnix{Name: dir + "/busy.sock"}), syscall.Listen(busy, 0)); err != nil {
+		t.Fatal(err)
+	}
+	write := os.WriteFile(dir+"/ssh-agent", []byte(dir+"/busy.sock\n"), 0o600)
+	listener, err := wire.Listen(&syscall.SockaddrUnix{Name: dir + "/agent.sock"})
+	if err := errors.Join(write, err); err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	start(t, dir, nil)
+	flood := wire.AppendFrame(nil, 0, wire.KindMessage, wire.Encode(wire.Hello{Type: wire.TypeHello, Protocol: 1}))
+	for id := uint32(2); id < 1000; id += 2 {
+		flood = wire.AppendFrame(flood, id, wire.KindMessage, wire.Encode(wire.Open{Type: wire.TypeOpen, Service: "ssh-agent"}))
+		flood = wire.AppendFrame(flood, id, wire.KindMessage, wire.Encode(wire.Plain{Type: wire.TypeClosed}))
+	}
+	for range 10 { // another connection is no way round
+		socket, err := listener.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() { _, _ = io.Copy(io.Discard, socket) }()
+		_, _ = socket.Write(flood)
+		time.Sleep(20 * time.Millisecond)
+		socket.Close()
+		if count := runtime.NumGoroutine(); count > 3*maxServices {
+			t.Fatal("it has", count, "goroutines, most of which hold a thread")
+		}
+	}
+}
+
+// An agent says at most once a second that other ports listen. One that never stops saying so costs the host little.
+func TestFloodOfPorts(t *testing.T) {
+	dir := t.TempDir()
+	agent := serve(t, dir)
+	start(t, dir, forwarding)
+	began := time.Now()
+	const lists = 5
+	for i := range lists {
+		agent.ports <- []int{30000 + i}
+		eventually(t, "the list", func() bool {
+			saved := savedPorts(dir)
+			return len(saved) == 1 && saved[0].Guest == 30000+i
+		})
+	}
+	if took := time.Since(began); took < (lists-1)*listPause {
+		t.Error("all lists were followed after", took)
 	}
 }
 

@@ -12,19 +12,38 @@ import (
 )
 
 const (
-	// maxServices is how many streams the guest may have open towards us.
+	// maxServices is how many streams the guest may have open towards us, and how many we serve at once.
 	maxServices = 64
 	maxPath     = 4096
 )
 
-// serveGuest answers the streams that the agent opens, until the connection ends.
-func serveGuest(conn *wire.Conn, pathFile string) {
+// services is what the guest may have of the host: its SSH agent.
+type services struct {
+	pathFile string        // says where that listens
+	places   chan struct{} // one per stream that is being answered, of whatever connection
+}
+
+func newServices(directory string) *services {
+	return &services{filepath.Join(directory, "ssh-agent"), make(chan struct{}, maxServices)}
+}
+
+// serve answers the streams that the agent opens, until the connection ends. A stream that the guest has ended itself
+// keeps its place until we are done with it: the host's SSH agent may be slow.
+func (s *services) serve(conn *wire.Conn) {
 	for {
 		stream, err := conn.Accept()
 		if err != nil {
 			return
 		}
-		go answer(stream, pathFile)
+		select {
+		case s.places <- struct{}{}:
+		case <-conn.Done():
+			return
+		}
+		go func() {
+			defer func() { <-s.places }()
+			answer(stream, s.pathFile)
+		}()
 	}
 }
 

@@ -23,17 +23,18 @@ const (
 
 // vmKeeper is the state of one run for a VM. Each of QEMU's sockets has a goroutine that follows it.
 type vmKeeper struct {
-	options Options
-	times   times
-	log     *consoleLog
-	ports   *forwarder // nil: nothing is forwarded
-	clients *wire.Listener
-	slots   chan struct{} // one per client
-	voices  *voices
-	monitor *monitor
-	settled *time.Timer // runs when some client has ended
-	done    chan struct{}
-	ended   chan struct{} // QEMU has
+	options  Options
+	times    times
+	log      *consoleLog
+	services *services
+	ports    *forwarder // nil: nothing is forwarded
+	clients  *wire.Listener
+	slots    chan struct{} // one per client
+	voices   *voices
+	monitor  *monitor
+	settled  *time.Timer // runs when some client has ended
+	done     chan struct{}
+	ended    chan struct{} // QEMU has
 
 	retune chan struct{} // the guest's clock stood still; it holds one
 	doubt  chan struct{} // the agent may be another one; it holds one
@@ -57,10 +58,11 @@ func keepVM(options Options, times times, log *consoleLog, ports *forwarder, sto
 	defer clients.Close()
 	k := &vmKeeper{
 		options: options, times: times, log: log, ports: ports, clients: clients,
-		slots:   make(chan struct{}, maxClients),
-		voices:  &voices{log: log},
-		settled: time.AfterFunc(settleAfter, memory.GiveBack),
-		done:    make(chan struct{}), ended: make(chan struct{}),
+		services: newServices(options.Dir),
+		slots:    make(chan struct{}, maxClients),
+		voices:   &voices{log: log},
+		settled:  time.AfterFunc(settleAfter, memory.GiveBack),
+		done:     make(chan struct{}), ended: make(chan struct{}),
 		retune: make(chan struct{}, 1), doubt: make(chan struct{}, 1),
 		there: map[string]bool{},
 	}

@@ -338,6 +338,29 @@ func TestVMPortChanges(t *testing.T) {
 	m.says(m.client(), "z")
 }
 
+// An agent that is killed before it has greeted is not waited for.
+func TestVMPortClosesBeforeTheGreeting(t *testing.T) {
+	m := startMachine(t)
+	m.keeper(nil)
+	monitor := greetMonitor(t, m)
+	monitor.waitCommand("query-status")
+	socket, err := m.accept(qemuChannel)
+	if err != nil {
+		t.Fatal(err)
+	}
+	line := make([]byte, len("\nberth-channel 1 \n")+32)
+	if _, err := io.ReadFull(socket, line); err != nil {
+		t.Fatal(err)
+	}
+	_, _ = socket.Write(line)
+	if _, err := socket.Read(line); err != nil { // its hello: it waits for ours
+		t.Fatal(err)
+	}
+	m.agent()
+	monitor.event("VSERPORT_CHANGE", `{"open": false, "id": "agent"}`)
+	m.says(m.client(), "x")
+}
+
 // Where QEMU says nothing, an agent that is not there any more is found out by the client that it does not take.
 func TestVMDeadAgent(t *testing.T) {
 	m := startMachine(t).agent()
@@ -636,6 +659,66 @@ func TestVMHostileAgent(t *testing.T) {
 	m.says(m.client(), "x")
 	if !keeper.runs() {
 		t.Error("it ended")
+	}
+}
+
+// An agent that reads nothing of what a client sends, so that not even a question gets through to it, is given up too.
+func TestVMAgentThatReadsNothing(t *testing.T) {
+	m := startMachine(t)
+	m.keeperWith(func(times *times) { times.begin, times.answer = 20*time.Millisecond, 20*time.Millisecond })
+	socket, err := m.accept(qemuChannel)
+	if err != nil {
+		t.Fatal(err)
+	}
+	line := make([]byte, len("\nberth-channel 1 \n")+32)
+	if _, err := io.ReadFull(socket, line); err != nil {
+		t.Fatal(err)
+	}
+	_, _ = socket.Write(wire.AppendFrame(line, 0, wire.KindMessage, wire.Encode(wire.Hello{Type: wire.TypeHello, Protocol: 1})))
+	first := m.client()
+	for client := range slices.Values([]*wire.Socket{first, m.client(), m.client(), m.client()}) {
+		go func() { _, _ = client.Write(make([]byte, 4<<20)) }() // together more than the sockets on the way take
+	}
+	if _, err := first.Read(make([]byte, 1)); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error("the client waits for ever")
+	}
+	m.agent()
+	m.says(m.client(), "x")
+}
+
+// Nobody reads what a guest sends of kinds that a stream has not: it must not be kept.
+func TestVMDataThatNobodyReads(t *testing.T) {
+	m := startMachine(t)
+	const clients = 30
+	sent := make(chan error, 2*clients)
+	serve := func(link io.ReadWriteCloser) {
+		conn := wire.NewConn(link, wire.Options{Side: wire.Guest, InitState: func() string { return "running" }})
+		defer conn.Close()
+		for {
+			stream, err := conn.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				_ = stream.Send(wire.Started{Type: wire.TypeStarted})
+				err := stream.Write(wire.Stderr, make([]byte, 4<<20))
+				if stream.Request.Type == wire.TypeConnect {
+					sent <- err
+				}
+			}()
+		}
+	}
+	go func() {
+		_ = channel.Serve(func() (io.ReadWriteCloser, error) { return m.accept(qemuChannel) }, serve)
+	}()
+	m.keeper(func(options *Options) { options.Forward = loopback })
+	for range clients {
+		m.client()
+	}
+	for range clients {
+		if err := take(t, sent); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 

@@ -7,13 +7,6 @@ import (
 	"berth.dev/guest/internal/wire"
 )
 
-const (
-	// flood is how much a console may say within floodTime; a guest that says more has to wait. It is far above what a
-	// boot prints, and bounds what a guest can make the host's disk and the keeper do.
-	flood     = 2 << 20
-	floodTime = time.Second
-)
-
 // voices brings the two consoles of a VM into one log. The kernel speaks on both; the serial port is the one that
 // speaks from the beginning, the virtio console the one that is fast. So the serial port is written down while the
 // other is silent.
@@ -47,21 +40,14 @@ func (k *vmKeeper) hear(say voice) func(*wire.Socket) time.Duration {
 	return func(socket *wire.Socket) time.Duration {
 		defer say(nil)
 		buffer := make([]byte, consoleBuffer)
-		left, began := flood, time.Now()
+		var pace pace
 		for {
 			count, err := socket.Read(buffer)
 			if err != nil {
 				return 0
 			}
 			say(buffer[:count])
-			if left -= count; left > 0 {
-				continue
-			}
-			select {
-			case <-time.After(time.Until(began.Add(floodTime))):
-			case <-k.done:
-			}
-			left, began = flood, time.Now()
+			pace.keep(count, k.done)
 		}
 	}
 }

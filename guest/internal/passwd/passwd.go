@@ -1,20 +1,19 @@
 // Package passwd reads the guest's own /etc/passwd and /etc/group, whatever state they are in: lines that make no
-// sense are passed over, sizes are bounded. It knows no other source of users. exec calls it; it calls nothing.
+// sense are passed over, sizes are bounded. It knows no other source of users. exec calls it; it calls files.
 package passwd
 
 import (
 	"errors"
-	"io"
 	"os"
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
+
+	"berth.dev/guest/internal/files"
 )
 
 const (
-	maxFile   = 16 << 20 // bytes of one file that are read; the rest is ignored
-	maxGroups = 65536    // Source: setgroups(2), NGROUPS_MAX
+	maxGroups = 65536 // Source: setgroups(2), NGROUPS_MAX
 	noID      = 1<<32 - 1
 	// fallbackShell is used where the listed shell does not exist.
 	fallbackShell = "/bin/sh"
@@ -48,7 +47,8 @@ type group struct {
 	members []string
 }
 
-// Load reads passwd and group below a root directory ("" for the real one). A file that can't be read counts as empty.
+// Load reads passwd and group below a root directory ("" for the real one). A file that can't be read, or is too long,
+// counts as empty.
 func Load(root string) *Database {
 	return &Database{
 		entries: parsePasswd(readFile(root + "/etc/passwd")),
@@ -57,16 +57,10 @@ func Load(root string) *Database {
 }
 
 func readFile(path string) string {
-	// Not blocking: it might be a FIFO.
-	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	text, err := files.Read(path)
 	if err != nil {
 		return ""
 	}
-	defer file.Close()
-	if info, err := file.Stat(); err != nil || !info.Mode().IsRegular() {
-		return ""
-	}
-	text, _ := io.ReadAll(io.LimitReader(file, maxFile))
 	return string(text)
 }
 

@@ -41,7 +41,7 @@ func (s *Server) connect(stream *wire.Stream) {
 func (s *Server) hasRoom() bool {
 	s.mutex.Lock()
 	defer s.mutex.Unlock()
-	return len(s.clients) < maxConnections
+	return !s.isFull()
 }
 
 func (s *Server) isChannel(conn *wire.Conn) bool {

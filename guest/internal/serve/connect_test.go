@@ -2,6 +2,7 @@ package serve
 
 import (
 	"bytes"
+	"math"
 	"testing"
 	"time"
 
@@ -168,7 +169,7 @@ func TestConnectIsTheKeepersOfAChannel(t *testing.T) {
 func TestConnectIsRefusedWhenThereAreTooMany(t *testing.T) {
 	server, keeper := channelOf(t, "keeper")
 	var streams []*wire.Stream
-	for len(streams) < maxConnections-1 { // the channel is one itself
+	for len(streams) < maxConnections { // as many as the keeper carries; the channel itself is none of them
 		stream, message := open(t, keeper)
 		if message.Type != wire.TypeStarted {
 			t.Fatalf("%d: %s", len(streams), message.Raw)
@@ -183,6 +184,18 @@ func TestConnectIsRefusedWhenThereAreTooMany(t *testing.T) {
 	}
 	_ = streams[0].CloseWrite(wire.Stdin)
 	until(t, server.hasRoom)
+}
+
+// Not by a request: it would set the clock of whoever runs the tests.
+func TestClockOfNoTime(t *testing.T) {
+	for _, nanos := range []int64{0, -1, 1, math.MinInt64} {
+		if isPossible(time.Unix(0, nanos)) {
+			t.Error(nanos)
+		}
+	}
+	if !isPossible(time.Now()) {
+		t.Error("now is not possible")
+	}
 }
 
 func TestClockIsLeftAloneWhenItIsRight(t *testing.T) {

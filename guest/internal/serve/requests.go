@@ -183,6 +183,10 @@ func setClock(stream *wire.Stream) {
 		return
 	}
 	now := time.Unix(0, request.UnixNanos)
+	if !isPossible(now) {
+		refuse(stream, wire.CodeInvalidArgument, "no clock says that")
+		return
+	}
 	if isRight(now, time.Now()) {
 		finishOr(stream, nil)
 		return
@@ -195,6 +199,9 @@ func setClock(stream *wire.Stream) {
 	}
 	finishOr(stream, err)
 }
+
+// isPossible is false for a request without a time, which reads as 1970, and for what no host's clock can say.
+func isPossible(host time.Time) bool { return host.Year() >= 2020 }
 
 // isRight spares a clock that is as good as the host's word for it, which took its time to come here. Time that jumps
 // back by milliseconds is what make(1) and databases stumble over.

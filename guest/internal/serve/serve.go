@@ -20,7 +20,7 @@ import (
 )
 
 const (
-	// maxConnections is how many there may be at once; one more is told that the agent is busy.
+	// maxConnections is how many there may be at once, beside a VM's channel; one more is told that the agent is busy.
 	maxConnections = 512
 	// helloTime is how long a client may take for its first message.
 	helloTime = 10 * time.Second
@@ -36,7 +36,7 @@ type Guest interface {
 	PowerOff() error                            // returns when the init has been asked
 	Listeners(ctx context.Context) <-chan []int // closed when ctx ends
 	NewConsole() (*os.File, error)              // the master
-	TwinState() string                          // "ready", "failed: …"
+	TwinState() string                          // "ready", "pending", "failed: …"
 	WaitReady()                                 // returns when commands may run
 }
 
@@ -93,7 +93,7 @@ func isPassing(err error) bool {
 // admit takes a connection over and serves it, unless there are too many.
 func (s *Server) admit(rw io.ReadWriteCloser) {
 	s.mutex.Lock()
-	full := len(s.clients) >= maxConnections
+	full := s.isFull()
 	if !full {
 		conn := s.newConn(rw)
 		s.clients[conn] = &client{}
@@ -103,6 +103,17 @@ func (s *Server) admit(rw io.ReadWriteCloser) {
 	if full {
 		sayBusy(rw)
 	}
+}
+
+// isFull says whether there are as many connections as there may be. Call it with the mutex.
+func (s *Server) isFull() bool {
+	count := len(s.clients)
+	for _, client := range s.clients {
+		if client.channel {
+			count--
+		}
+	}
+	return count >= maxConnections
 }
 
 func (s *Server) newConn(rw io.ReadWriteCloser) *wire.Conn {

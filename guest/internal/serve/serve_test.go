@@ -3,6 +3,7 @@ package serve
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"io"
 	"math/rand"
@@ -177,6 +178,7 @@ func TestUnknownAndMalformedRequests(t *testing.T) {
 		{map[string]any{"type": "exec", "argv": "true"}, "invalid_argument"},
 		{map[string]any{"type": "exec", "argv": []string{"no base64!"}}, "invalid_argument"},
 		{map[string]any{"type": "dial", "port": "http"}, "invalid_argument"},
+		{map[string]any{"type": "dial", "port": json.Number(strings.Repeat("7", 100_000))}, "invalid_argument"},
 		{wire.Dial{Type: wire.TypeDial, Port: 70000}, "invalid_argument"},
 		{wire.Wait{Type: wire.TypeWait, For: "godot"}, "invalid_argument"},
 	} {

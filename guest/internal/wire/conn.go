@@ -13,6 +13,9 @@ import (
 // ErrClosed is the end of a connection that we closed ourselves.
 var ErrClosed = errors.New("connection closed")
 
+// maxName is how many bytes of a name that we don't know are told back.
+const maxName = 40
+
 // fatalDeadline is how long a peer that broke the protocol is given to take the reason, and ours is waited for.
 const fatalDeadline = time.Second
 
@@ -285,7 +288,7 @@ func (c *Conn) handleConnection(frame Frame) error {
 		}
 		return broken("a second hello")
 	}
-	return broken("'" + clip(frame.Message.Type) + "' on stream 0")
+	return broken("'" + clip(frame.Message.Type, maxName) + "' on stream 0")
 }
 
 func (c *Conn) greet(message Message) error {
@@ -304,7 +307,7 @@ func (c *Conn) greet(message Message) error {
 	}
 	if c.options.Side == Guest {
 		if hello.Role != "client" && hello.Role != "keeper" {
-			return broken("a hello with the role '" + clip(hello.Role) + "'")
+			return broken("a hello with the role '" + clip(hello.Role, maxName) + "'")
 		}
 		answer := Hello{Type: TypeHello, Protocol: ProtocolVersion, Version: c.options.Version, Init: c.options.InitState()}
 		_ = c.write(AppendFrame(nil, 0, KindMessage, Encode(answer)))
@@ -398,4 +401,4 @@ func (c *Conn) charge(bytes int) bool {
 func (m Message) copy() Message { return Message{m.Type, append([]byte(nil), m.Raw...)} }
 
 // clip keeps what a peer said short enough to be told back.
-func clip(text string) string { return text[:min(len(text), 40)] }
+func clip(text string, most int) string { return text[:min(len(text), most)] }

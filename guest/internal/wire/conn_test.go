@@ -132,6 +132,24 @@ func TestMessageAfterOurEnd(t *testing.T) {
 	nothingStays(t, host)
 }
 
+// A message that nobody has taken when we end a stream counts as waiting no more, whichever way it was ended.
+func TestMessageBeforeOurEnd(t *testing.T) {
+	host, guest := connect(t)
+	for _, end := range []func(*Stream){(*Stream).Drop, func(s *Stream) { _ = s.Finish(Plain{TypeClosed}) }} {
+		near, far := open(t, host, guest, Plain{TypeStatus})
+		far.Taken()
+		if err := near.receiveMessage(Message{TypeStarted, Encode(Plain{TypeStarted})}); err != nil {
+			t.Fatal(err)
+		}
+		end(near)
+		if _, err := near.ReadMessage(soon); err != ErrEnded {
+			t.Fatal(err)
+		}
+		far.Drop()
+		nothingStays(t, host)
+	}
+}
+
 func TestReadMessageHasAnEnd(t *testing.T) {
 	host, guest := connect(t)
 	near, _ := open(t, host, guest, Plain{TypeStatus})
@@ -240,6 +258,70 @@ func TestStopReadingKeepsThePeerGoing(t *testing.T) {
 	if err := near.Write(Stdin, make([]byte, 10*Window)); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// A peer that floods what nobody reads, and takes none of the credit for it, comes to the end of its own.
+func TestFloodOfWhatNobodyReadsIsBounded(t *testing.T) {
+	near, far := pair(t)
+	host := NewConn(near, Options{Side: Host, Role: "keeper"})
+	defer host.Close()
+	stream, err := host.Open(Plain{TypeConnect})
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() { _ = stream.Write(Stdin, make([]byte, Window)) }() // more than the socket takes: our writer is stuck
+	stream.StopReading(Stdout)
+	_, _ = far.Write(AppendFrame(nil, 0, KindMessage, Encode(Hello{Type: TypeHello, Protocol: 1})))
+	for frame, sent := AppendFrame(nil, 1, Stdout, make([]byte, MaxData)), 0; host.Err() == nil; sent++ {
+		if sent > 100 {
+			t.Fatal("it takes everything, and keeps what it owes for it")
+		}
+		_, _ = far.Write(frame)
+	}
+	var wrong *ProtocolError
+	if !errors.As(host.Err(), &wrong) {
+		t.Fatal(host.Err())
+	}
+}
+
+// Frames of any size cost at most twice the window in memory, also when they come one by one.
+func TestWaitingDataIsBounded(t *testing.T) {
+	for _, sizes := range [][]int{{1}, {4097}, {8193}, {8193, 253961}, {65538}, {100000}, {131077}, {MaxData}} {
+		host, guest := connect(t)
+		stream, _ := open(t, host, guest, Plain{TypeConnect})
+		decoder := NewDecoder(ToHost)
+		for left, i := Window, 0; left > 0; i++ {
+			size := min(left, sizes[i%len(sizes)])
+			left -= size
+			if err := stream.receiveData(decoder, feed(t, decoder, AppendFrame(nil, 1, Stdout, make([]byte, size)))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		held := 0
+		for _, chunk := range stream.data[Stdout].chunks {
+			held += len(chunk.buffer.Bytes)
+		}
+		if held > 2*Window+2*bigBuffer {
+			t.Error("a window in frames of", sizes, "bytes takes", held)
+		}
+	}
+}
+
+// feed gives a decoder the bytes of one frame, and returns that.
+func feed(t *testing.T, decoder *Decoder, data []byte) Frame {
+	t.Helper()
+	for len(data) > 0 {
+		data = data[decoder.Feed(data):]
+		frame, ok, err := decoder.Next()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ok {
+			return frame
+		}
+	}
+	t.Fatal("no frame")
+	panic("unreachable")
 }
 
 func TestDataBeyondTheCreditIsRefused(t *testing.T) {

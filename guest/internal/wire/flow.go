@@ -73,10 +73,18 @@ func (f *Flow) Received(kind Kind, size int) error {
 	return nil
 }
 
-// Consumed books what the reader took and returns the credit to give back now, 0 for none: in steps of a quarter of
-// the window, so that a slow trickle costs no frames and a fast sender never starves.
+// Consumed books what the reader took and returns the credit to give back now, as Due does.
 func (f *Flow) Consumed(kind Kind, count int) uint32 {
-	f.owed[kind] += uint32(count)
+	f.Owe(kind, count)
+	return f.Due(kind)
+}
+
+// Owe books what the reader took, to be given back by a later Due.
+func (f *Flow) Owe(kind Kind, count int) { f.owed[kind] += uint32(count) }
+
+// Due returns the credit to give back now, 0 for none: in steps of a quarter of the window, so that a slow trickle costs
+// no frames and a fast sender never starves.
+func (f *Flow) Due(kind Kind) uint32 {
 	if f.owed[kind] < Window/4 || f.gotEnd[kind] {
 		return 0
 	}

@@ -158,9 +158,10 @@ func (d *Decoder) replace(buffer *Buffer) {
 	d.buffer = buffer
 }
 
-// steal hands over the buffer that the frame just returned lies in, when that is worth it and nothing follows it.
+// steal hands over the buffer that the frame just returned lies in, when nothing follows it and it is mostly filled: what
+// waits takes at most twice its size in memory.
 func (d *Decoder) steal(payload []byte) *Buffer {
-	if len(payload) < bigBuffer/4 || d.start != d.end || len(d.buffer.Bytes) != bigBuffer {
+	if len(payload) < bigBuffer/2 || d.start != d.end || len(d.buffer.Bytes) != bigBuffer {
 		return nil
 	}
 	buffer := d.buffer

@@ -48,6 +48,9 @@ const (
 	CodeUnsupported     = "unsupported"
 )
 
+// maxReason is how many bytes of a reason in somebody else's words are told on.
+const maxReason = 300
+
 // Bytes is a byte string that need not be UTF-8: base64 in JSON.
 type Bytes = []byte
 
@@ -185,7 +188,8 @@ func Encode(message any) []byte {
 // Decode reads the members of a message. What has a wrong type is a *ProtocolError.
 func (m Message) Decode(into any) error {
 	if err := json.Unmarshal(m.Raw, into); err != nil {
-		return broken("a malformed '" + m.Type + "': " + err.Error())
+		// The words may hold what the peer said, at any length, and are told back to it.
+		return broken("a malformed '" + m.Type + "': " + clip(err.Error(), maxReason))
 	}
 	return nil
 }

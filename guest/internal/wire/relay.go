@@ -24,6 +24,7 @@ func (s *Stream) FinishWithFile(message any, file *os.File) error {
 		return errors.New("this connection can't carry a descriptor")
 	}
 	frame := AppendFrame(nil, s.ID, KindMessage, Encode(message))
+	defer s.discard()
 	return s.exclusively(func() error {
 		err := socket.WriteWithFile(frame, file)
 		if err != nil {

@@ -38,6 +38,7 @@ type queue struct {
 	chunks []*Chunk
 	end    bool // the end of file was received
 	closed bool // our reader is gone: what comes is dropped
+	owing  bool // credit for what was dropped is on its way
 }
 
 // Chunk is a piece of what was received. Give it back by Stream.Consumed.
@@ -75,7 +76,7 @@ func (s *Stream) Taken() {
 // Send sends a message that is not the last one.
 func (s *Stream) Send(message any) error { return s.send(Encode(message), false, nil) }
 
-// Finish sends the final message and ends the stream.
+// Finish sends the final message and ends the stream: what the peer said and nobody took is dropped.
 func (s *Stream) Finish(message any) error { return s.send(Encode(message), true, nil) }
 
 // FinishWithEnds is Finish with the ends of file of kinds before it, in one write.
@@ -89,6 +90,9 @@ func (s *Stream) FinishWithEnds(message any, kinds ...Kind) error {
 
 func (s *Stream) send(text []byte, final bool, frames []byte) error {
 	frames = AppendFrame(frames, s.ID, KindMessage, text)
+	if final {
+		defer s.discard()
+	}
 	return s.exclusively(func() error {
 		err := s.conn.writeLocked(frames)
 		if final {
@@ -113,6 +117,19 @@ func (s *Stream) exclusively(write func() error) error {
 func (s *Stream) Drop() {
 	s.conn.forget(s)
 	s.end(ErrEnded)
+	s.discard()
+}
+
+// discard lets go of what the peer said before our end and nobody took: it counts as waiting no more.
+func (s *Stream) discard() {
+	s.mutex.Lock()
+	waiting := 0
+	for _, message := range s.messages {
+		waiting += len(message.Raw)
+	}
+	s.messages = nil
+	s.mutex.Unlock()
+	s.conn.charge(-waiting)
 }
 
 func (s *Stream) end(err error) {
@@ -125,8 +142,8 @@ func (s *Stream) end(err error) {
 	}
 }
 
-// ReadMessage waits for the peer's next message, for at most timeout (0: no limit). After the stream's end it still
-// returns those that came before.
+// ReadMessage waits for the peer's next message, for at most timeout (0: no limit). After the peer's end of the stream it
+// still returns those that came before.
 func (s *Stream) ReadMessage(timeout time.Duration) (Message, error) {
 	s.mutex.Lock()
 	defer s.mutex.Unlock()
@@ -190,12 +207,33 @@ func (s *Stream) receiveData(decoder *Decoder, frame Frame) error {
 	}
 	s.changed.Broadcast()
 	if queue.closed && !queue.end {
-		// Nobody reads it: the credit goes back, so that the peer comes to its end. Not from here, the reader.
-		if grant := s.flow.Consumed(frame.Kind, len(frame.Payload)); grant > 0 {
-			go s.grant(frame.Kind, grant)
-		}
+		s.dropped(frame.Kind, len(frame.Payload))
 	}
 	return nil
+}
+
+// dropped gives credit back for what nobody reads, so that the peer comes to its end. Not from here, the connection's
+// reader, which must not wait; and one grant after the other: a peer that floods us and takes none of them comes to the
+// end of its credit, instead of costing us a goroutine for each. Call it with the stream's lock.
+func (s *Stream) dropped(kind Kind, size int) {
+	s.flow.Owe(kind, size)
+	if s.data[kind].owing {
+		return
+	}
+	if grant := s.flow.Due(kind); grant > 0 {
+		s.data[kind].owing = true
+		go s.grantDropped(kind, grant)
+	}
+}
+
+func (s *Stream) grantDropped(kind Kind, grant uint32) {
+	for grant > 0 {
+		s.grant(kind, grant)
+		s.mutex.Lock()
+		grant = s.flow.Due(kind)
+		s.data[kind].owing = grant > 0
+		s.mutex.Unlock()
+	}
 }
 
 // push keeps a payload: in the last chunk's room, in the buffer that it came in, or in a new one.

@@ -287,7 +287,7 @@ class Connection:
             if not self._may_open(stream):
                 raise
             self._accept(stream)
-            self.send(stream, Error(code="invalid_argument", message=error.message))
+            self.send(stream, Error(code="unsupported", message=error.message))
             return None
         if stream == 0:
             return self._connection_message(message)
@@ -320,12 +320,17 @@ class Connection:
         parity = 0 if self.side == "host" else 1
         return stream % 2 == parity and stream > self._highest[parity]
 
+    def _has_ended(self, stream: int) -> bool:
+        return stream <= self._highest[stream % 2] and stream not in self._streams
+
     def _accept(self, stream: int) -> None:
         self._highest[stream % 2] = stream
         self._streams[stream] = _Stream()
 
     def _opening(self, stream: int, message: ToGuest | ToHost) -> MessageArrived | None:
         if not self._may_open(stream):
+            if self._has_ended(stream):
+                return None
             raise ProtocolError(f"message '{message.type}' on stream {stream}, which can't be opened")
         full = len(self._streams) >= MAX_STREAMS
         self._accept(stream)

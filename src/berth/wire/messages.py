@@ -281,7 +281,7 @@ class Open(Message):
 
 
 class AgentStatus(Record):
-    """How the guest is. init: one of STATES; system: one of SYSTEMS; twin: ``ready`` or ``failed: …``; uptime_s."""
+    """How the guest is. init: of STATES; system: of SYSTEMS; twin: ``ready``, ``pending``, ``failed: …``; uptime_s."""
 
     init: str
     system: str
