@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from berth.cli import common, progress
-from berth.cli.main import say
+from berth.cli.ending import say
 from berth.cli.output import emit, emit_json, emit_table, time_cell, write
 from berth.cli.parser import FILE, IMAGE, Handler, Parser, add_format
 from berth.config import parse_platform
