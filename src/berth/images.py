@@ -244,7 +244,7 @@ class Images:
         if image.problem:
             return None
         try:
-            return inspect(self._layout, self, image).has_init
+            return inspect(self._layout, image.digest, lambda: self.opened_layers(image)).has_init
         except (BerthError, OSError):  # a list shows what is damaged, and does not fail on it
             return None
 

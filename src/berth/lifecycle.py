@@ -21,9 +21,9 @@ from berth.agent import AgentClient, connect
 from berth.bundle import Bundle, Listed
 from berth.config import BootConfig, Change, HostUser, MachineConfig, apply_assignments, check_fits
 from berth.engine import unpacking
-from berth.engine.base import STOPPED, Engine, Liveness, Machine
+from berth.engine.base import STOPPED, Engine, Liveness, Machine, ensure_template
 from berth.engine.select import all_engines, choose_isolation, engine_for
-from berth.engine.unpacking import Ahead, make_template
+from berth.engine.unpacking import Ahead
 from berth.errors import BerthError, BootError, DeadlineError, InvalidStateError, NotFoundError
 from berth.files import load_json, sweep_partials
 from berth.layout import Layout
@@ -174,10 +174,7 @@ class Machines:
     def _ensure_template(
         self, machine: Machine, image: StoredImage, progress: Progress, ahead: Ahead | None = None
     ) -> None:
-        engine = self._engine(machine)
-        if not engine.has_template(machine):
-            with self.images.opened_layers(image) as layers:
-                make_template(engine, machine, layers, image.reference, progress, ahead)
+        ensure_template(self._engine(machine), machine, lambda: self.images.opened_layers(image), progress, ahead)
 
     def remove(self, name: str, *, force: bool = False) -> None:
         """Delete a machine with its storage. Raises InvalidStateError when it runs and `force` is not set."""

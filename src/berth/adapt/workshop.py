@@ -23,9 +23,9 @@ from berth.adapt.recipes import Recipe, Step
 from berth.agent import connect
 from berth.bundle import Bundle
 from berth.config import BootConfig, HostUser, MachineConfig
-from berth.engine.base import Engine, Machine
+from berth.engine.base import Engine, Machine, ensure_template
 from berth.engine.select import engine_for
-from berth.engine.unpacking import Ahead, make_template
+from berth.engine.unpacking import Ahead
 from berth.errors import BerthError, BusyError, DeadlineError
 from berth.files import make_private_directory
 from berth.layout import Layout
@@ -103,9 +103,7 @@ def workshop(
     machine = Machine(Bundle(layout, name), config, boot, address, has_twin=False)
     engine = engine_for("container", layout)
     try:
-        if not engine.has_template(machine):
-            with images.opened_layers(image) as layers:
-                make_template(engine, machine, layers, config.image_reference, progress, ahead)
+        ensure_template(engine, machine, lambda: images.opened_layers(image), progress, ahead)
         progress.step(f"starting {config.image_reference} to adapt it")
         engine.start(machine, Silent())
         handicap = find_handicap(engine.find(machine).limits)

@@ -6,7 +6,8 @@ An engine starts, finds and ends machines; it never decides policy (names, defau
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from berth.bundle import Bundle
@@ -16,7 +17,7 @@ from berth.net.addresses import Address
 from berth.progress import Progress
 
 if TYPE_CHECKING:
-    from berth.engine.unpacking import Ahead
+    from berth.engine.unpacking import Ahead, Layers
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,9 +64,7 @@ class Engine(Protocol):
         """Say whether the machine's image has been unpacked for this engine."""
         ...
 
-    def make_template(
-        self, machine: Machine, layers: Sequence[tuple[int, str]], progress: Progress, ahead: Ahead | None = None
-    ) -> None:
+    def make_template(self, machine: Machine, layers: Layers, progress: Progress, ahead: Ahead | None = None) -> None:
         """Unpack the image's `layers` (open blob descriptor, media type; bottom first) once; idempotent, atomic.
 
         ahead: may have done so already, or be at it.
@@ -110,3 +109,22 @@ class Engine(Protocol):
     def clean(self, machine: Machine) -> None:
         """Remove what a stopped machine left in the runtime directory, the cgroups and the network; idempotent."""
         ...
+
+
+def ensure_template(
+    engine: Engine,
+    machine: Machine,
+    layers: Callable[[], AbstractContextManager[Layers]],
+    progress: Progress,
+    ahead: Ahead | None = None,
+) -> None:
+    """Have the image of a machine unpacked for its engine, and say so as far as there is still something to do.
+
+    layers: opens those of the image, for a block.
+    """
+    if engine.has_template(machine):
+        return
+    if ahead is None or not ahead.is_whole(machine.config.image_digest):
+        progress.step(f"unpacking {machine.config.image_reference}")
+    with layers() as opened:
+        engine.make_template(machine, opened, progress, ahead)

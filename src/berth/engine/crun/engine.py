@@ -34,7 +34,7 @@ from berth.engine.running import (
     make_covers,
     texts,
 )  # fmt: skip
-from berth.engine.unpacking import Ahead, unpack
+from berth.engine.unpacking import Ahead, Layers, find_unpacked, unpack
 from berth.errors import BerthError, BusyError, DeadlineError, StateFormatError
 from berth.layout import Layout
 from berth.log import log
@@ -84,11 +84,9 @@ class ContainerEngine:
     # Templates ----------------------------------------------------------------------------------------------------
 
     def has_template(self, machine: Machine) -> bool:
-        return (self._layout.template(machine.config.image_digest) / "template.json").exists()
+        return find_unpacked(self._layout, machine.config.image_digest) is not None
 
-    def make_template(
-        self, machine: Machine, layers: Sequence[tuple[int, str]], progress: Progress, ahead: Ahead | None = None
-    ) -> None:
+    def make_template(self, machine: Machine, layers: Layers, progress: Progress, ahead: Ahead | None = None) -> None:
         digest = machine.config.image_digest
         template = self._layout.template(digest)
         files.make_private_directory(self._layout.data)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, cast
@@ -22,7 +22,7 @@ from berth.engine.qemu.changes import Changes, Setting, write_changes
 from berth.engine.qemu.launch import launch, start_keeper
 from berth.engine.qemu.monitor import Monitor
 from berth.engine.running import Process, answers, await_agent, boot_error, end_keeper, keeper_pid, listening, texts
-from berth.engine.unpacking import Ahead
+from berth.engine.unpacking import Ahead, Layers
 from berth.errors import (
     BerthError,
     BootError,
@@ -84,9 +84,7 @@ class VmEngine:
         made = disks.find_disk(machine.bundle) is not None
         return made or disks.has_template(self._layout, machine.config.image_digest, machine.boot.disk)
 
-    def make_template(
-        self, machine: Machine, layers: Sequence[tuple[int, str]], progress: Progress, ahead: Ahead | None = None
-    ) -> None:
+    def make_template(self, machine: Machine, layers: Layers, progress: Progress, ahead: Ahead | None = None) -> None:
         disks.make_template(self._layout, machine.config.image_digest, layers, machine.boot.disk, progress, ahead)
 
     def sweep_templates(self) -> None:
