@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,11 +19,11 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(
         (
             "host", "files", "locks", "proc", "layout", "log", "progress", "agentbinary", "userns", "syscalls",
-            "inside", "credentials", "rooted", "outputs", "signals", "trees",
+            "inside", "rooted", "outputs", "signals", "trees",
         ),
         1,
     ),
-    **dict.fromkeys(("config", "wire", "oci", "bundle", "machineinfo", "dockerfile"), 2),
+    **dict.fromkeys(("config", "wire", "oci", "bundle", "machineinfo", "credentials", "dockerfile"), 2),
     **dict.fromkeys(
         ("agent", "session", "terminal", "kernels", "engine", "net", "check", "autostart", "consolelog"), 3
     ),
@@ -82,8 +83,8 @@ def test_imports_go_downwards(name: str, path: Path) -> None:
 
 
 def test_no_import_cycles() -> None:
-    """Also within a layer: what imports each other in a circle is one module in several files."""
-    graph = {name: {imported for _line, imported in top_imports(path)} - {name} for name, path in modules()}
+    """Also within a layer, in functions and for types: what needs each other is one module in several files."""
+    graph = {name: {imported for _line, imported in berth_imports(path, name)} - {name} for name, path in modules()}
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
@@ -97,15 +98,11 @@ def test_no_import_cycles() -> None:
         visit(name, ())
 
 
-def top_imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield what a module imports from berth while it is itself imported (not inside functions)."""
-    known = {name for name, _path in modules()}
-    for node in ast.parse(path.read_bytes()).body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "berth":
-            module = (node.module or "").removeprefix("berth").removeprefix(".")
-            for alias in node.names:
-                inner = f"{module}.{alias.name}".strip(".")
-                yield node.lineno, inner if inner in known else module
+def test_internals_has_the_same_layers() -> None:
+    """The table in docs/internals.md, by its rows: number, modules, what they are about."""
+    rows = re.findall(r"^\| (\d) \| ([^|]+) \|", (ROOT / "docs/internals.md").read_text(), re.MULTILINE)
+    told = {name: int(number) for number, names in rows for name in re.findall(r"`(\w+)`", names)}
+    assert told == {name: number for name, number in LAYERS.items() if name not in ("", "__main__")}
 
 
 @pytest.mark.parametrize(("name", "path"), MODULES)
