@@ -469,8 +469,12 @@ class Machines:
         progress.step("removing deleted machines")
         self._empty_trash()
         addresses.sweep(self.layout)
-        written = [self.layout.data, self.layout.cache, self.layout.hub, self.layout.hub_machines]
-        for folder in [*written, *(listed.bundle.path for listed in bundles.list_bundles(self.layout))]:
+        places = [listed.bundle for listed in bundles.list_bundles(self.layout)]
+        layout = self.layout
+        for folder in (
+            layout.data, layout.cache, layout.inspections, layout.hub, layout.hub_machines,
+            *(bundle.path for bundle in places), *(bundle.vm for bundle in places),
+        ):  # fmt: skip
             sweep_partials(folder)
         progress.step("removing unused images")
         self.images.prune(self.images_in_use)
