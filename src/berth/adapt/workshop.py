@@ -106,22 +106,22 @@ def workshop(
         ensure_template(engine, machine, lambda: images.opened_layers(image), progress, ahead)
         progress.step(f"starting {config.image_reference} to adapt it")
         engine.start(machine, Silent())
-        handicap = find_handicap(engine.find(machine).limits)
-        if handicap:
-            progress.note(handicap)
-        yield Workshop(layout, engine, machine, handicap)
+        offline = engine.find(machine).offline
+        if offline:
+            progress.note(offline)
+        yield Workshop(layout, engine, machine, offline)
     finally:
         _remove(layout, engine, machine)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Workshop:
-    """A running throw-away machine. handicap: why it has no internet, and the cure."""
+    """A running throw-away machine. offline: why it has no internet, and the cure."""
 
     layout: Layout
     engine: Engine
     machine: Machine
-    handicap: str | None = None
+    offline: str | None = None
 
     def run(self, step: Step, recipe: Recipe) -> None:
         """Run one step to its end, as root. Raises StepError."""
@@ -135,11 +135,11 @@ class Workshop:
         try:
             status = run_into(sock, request, tail, timeout_s=_STEP_S)
         except DeadlineError:
-            raise StepError(step, f"did not end within {_STEP_S:g} s", tail.text(), hint=self.handicap) from None
+            raise StepError(step, f"did not end within {_STEP_S:g} s", tail.text(), hint=self.offline) from None
         except BerthError as error:  # it did not start, or the machine ended
             raise StepError(step, "could not be run", error.message) from error
         if status:
-            raise StepError(step, f"ended with status {status}", tail.text(), hint=self.handicap)
+            raise StepError(step, f"ended with status {status}", tail.text(), hint=self.offline)
 
     def finish(self, out: IO[bytes]) -> Digests:
         """End the machine and write what was changed in it as a layer."""
@@ -147,11 +147,6 @@ class Workshop:
         self.engine.clean(self.machine)
         lower = self.layout.template(self.machine.config.image_digest) / "rootfs"
         return layer_of(self.machine.bundle.upper, out, lower=lower, exclude=_NOT_OURS)
-
-
-def find_handicap(limits: Sequence[str]) -> str | None:
-    """Say why a machine can't reach a package mirror, of what its engine says that it lacks."""
-    return next((limit for limit in limits if limit.startswith("no internet")), None)
 
 
 class _Tail:

@@ -37,7 +37,8 @@ class Liveness:
 
     state: `broken` means that its processes live, yet the agent does not answer. init_pid: the container's process 1
     as the host sees it; vmm_pid: the VM's QEMU. kernel: the release of a VM's own. started: RFC 3339 UTC.
-    limits: what the host could not limit or offer, in words. problems: what is wrong with it now, in words.
+    limits: what the host could not limit or offer, in words; offline: why it has no internet, when that is known.
+    problems: what is wrong with it now, in words.
     """
 
     state: Literal["stopped", "running", "broken"]
@@ -48,6 +49,7 @@ class Liveness:
     problems: tuple[str, ...] = ()
     started: str | None = None
     limits: tuple[str, ...] = ()
+    offline: str | None = None
 
 
 STOPPED = Liveness("stopped")

@@ -216,6 +216,11 @@ def boot_document(machine: Machine, *, nameserver_text: str, init: Sequence[str]
     }
 
 
+def text(value: object) -> str | None:
+    """Read a text from a document; None for anything else."""
+    return value if isinstance(value, str) else None
+
+
 def texts(value: object) -> tuple[str, ...]:
     """Read a list of texts from a document; nothing for anything else."""
     return tuple(str(item) for item in cast("list[object]", value)) if isinstance(value, list) else ()

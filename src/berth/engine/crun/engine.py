@@ -32,6 +32,7 @@ from berth.engine.running import (
     keeper_pid,
     listening,
     make_covers,
+    text,
     texts,
 )  # fmt: skip
 from berth.engine.unpacking import Ahead, Layers, find_unpacked, unpack
@@ -69,6 +70,7 @@ class _Record:
     started: str
     cgroups: tuple[str, ...]
     limits: tuple[str, ...]
+    offline: str | None = None
 
 
 class ContainerEngine:
@@ -215,6 +217,7 @@ class ContainerEngine:
                 record = {
                     "pid": pid, "startTime": ticks, "started": utc_now(),
                     "cgroups": list(texts(made)), "limits": [*placement.missing, *network.notes],
+                    "offline": network.offline,
                 }  # fmt: skip
                 files.save_json(self._record_path(machine), record, schema=_SCHEMA)
                 publish(self._layout, machine.config.name, machine.address, pid)
@@ -234,6 +237,7 @@ class ContainerEngine:
             keeper_pid=keeper_pid(self._layout, machine),
             started=record.started,
             limits=record.limits,
+            offline=record.offline,
         )
 
     def _record_path(self, machine: Machine) -> Path:
@@ -249,8 +253,8 @@ class ContainerEngine:
             return None
         match document:
             case {"pid": int(pid), "startTime": int(ticks), "started": str(started)}:
-                made, limits = document.get("cgroups"), document.get("limits")
-                return _Record(Process(pid, ticks), started, texts(made), texts(limits))
+                made, limits, offline = document.get("cgroups"), document.get("limits"), document.get("offline")
+                return _Record(Process(pid, ticks), started, texts(made), texts(limits), text(offline))
             case _:
                 raise StateFormatError(f"{path} is damaged: it has no process")
 

@@ -21,7 +21,17 @@ from berth.engine.qemu.accel import Accelerator, probe, require_qemu
 from berth.engine.qemu.changes import Changes, Setting, write_changes
 from berth.engine.qemu.launch import launch, start_keeper
 from berth.engine.qemu.monitor import Monitor
-from berth.engine.running import Process, answers, await_agent, boot_error, end_keeper, keeper_pid, listening, texts
+from berth.engine.running import (
+    Process,
+    answers,
+    await_agent,
+    boot_error,
+    end_keeper,
+    keeper_pid,
+    listening,
+    text,
+    texts,
+)
 from berth.engine.unpacking import Ahead, Layers
 from berth.errors import (
     BerthError,
@@ -61,6 +71,7 @@ class _Record:
     kernel: str
     servers: tuple[tuple[str, Process], ...]
     limits: tuple[str, ...]
+    offline: str | None = None
 
 
 class VmEngine:
@@ -141,7 +152,7 @@ class VmEngine:
             record = {
                 **launched.process.to_json(), "started": utc_now(), "kernel": kernel.version,
                 "servers": [{"target": target, **server.to_json()} for target, server in launched.servers],
-                "limits": list(launched.notes),
+                "limits": list(launched.notes), "offline": launched.offline,
             }  # fmt: skip
             files.save_json(live / "vm.json", record, schema=_SCHEMA)
             if launched.bridged:
@@ -188,7 +199,7 @@ class VmEngine:
         return Liveness(
             "running" if well else "broken",
             vmm_pid=record.process.pid, keeper_pid=keeper, kernel=record.kernel, started=record.started,
-            limits=record.limits, problems=self._problems(machine, record),
+            limits=record.limits, offline=record.offline, problems=self._problems(machine, record),
         )  # fmt: skip
 
     def _problems(self, machine: Machine, record: _Record) -> tuple[str, ...]:
@@ -225,6 +236,7 @@ class VmEngine:
             str(document.get("kernel")),
             tuple((target, server) for target, server in found if server is not None),
             texts(document.get("limits")),
+            text(document.get("offline")),
         )
 
     def repair(self, machine: Machine) -> None:

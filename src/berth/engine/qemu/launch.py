@@ -38,13 +38,14 @@ _FIRMWARE = ("/usr/share/qemu", "/usr/share/qboot", "/usr/local/share/qemu")
 class Launched:
     """A VM that has been started. servers: of folders, by their place in it. notes: what it lacks, in words.
 
-    bridged: it hangs on the bridge of all machines, by a TAP that QEMU holds.
+    bridged: it hangs on the bridge of all machines, by a TAP that QEMU holds. offline: why it has no internet.
     """
 
     process: Process
     bridged: bool
     servers: tuple[tuple[str, Process], ...]
     notes: tuple[str, ...]
+    offline: str | None
 
 
 def launch(machine: Machine, kernel: Kernel, accelerator: Accelerator, layout: Layout) -> Launched:
@@ -94,7 +95,7 @@ def launch(machine: Machine, kernel: Kernel, accelerator: Accelerator, layout: L
         process = _start_qemu(vm, live, owner, accelerator)
         undo.pop_all()
     found = tuple((server.spec.target, server.process) for server in servers)
-    return Launched(process, wire.nic.kind == "tap", found, wire.notes)
+    return Launched(process, wire.nic.kind == "tap", found, wire.notes, wire.offline)
 
 
 def start_keeper(machine: Machine, layout: Layout, agent_socket: socket.socket, *, boot: bool) -> None:
