@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_BERTH_FAILED = 125  # of `run` alone, once its words are understood: its other statuses are the command's
+EXIT_NOT_FOUND = 127  # of `run`: the machine has no such command
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
