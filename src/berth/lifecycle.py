@@ -179,7 +179,7 @@ class Machines:
     def remove(self, name: str, *, force: bool = False) -> None:
         """Delete a machine with its storage. Raises InvalidStateError when it runs and `force` is not set."""
         checked = self.resolve(name)
-        with self._exclusive(checked, "stopping"):
+        with self.exclusive(checked, "stopping"):
             machine = self._try_load(checked)
             if machine is not None:
                 engine = self._engine(machine)
@@ -227,7 +227,7 @@ class Machines:
     def start(self, name: str, *, progress: Progress | None = None) -> None:
         """Boot a machine until its agent answers; a running one is left as it is, a broken one repaired."""
         checked = self.resolve(name)
-        with self._exclusive(checked, "starting"):
+        with self.exclusive(checked, "starting"):
             self._ensure_running(self._load(checked), progress or Silent())
 
     def _ensure_running(self, machine: Machine, progress: Progress) -> None:
@@ -256,7 +256,7 @@ class Machines:
     def stop(self, name: str, *, force: bool = False, timeout_s: float = STOP_S) -> None:
         """Power a machine off: ask its init, and after `timeout_s` end it. Idempotent."""
         checked = self.resolve(name)
-        with self._exclusive(checked, "stopping"):
+        with self.exclusive(checked, "stopping"):
             machine = self._load(checked)
             engine = self._engine(machine)
             if engine.find(machine).state != "stopped":
@@ -556,8 +556,8 @@ class Machines:
         return engine_for(machine.config.isolation, self.layout)
 
     @contextlib.contextmanager
-    def _exclusive(self, name: MachineName, doing: str) -> Generator[None]:
-        """Hold the machine's run.lock: one start, stop or removal at a time; the file says which."""
+    def exclusive(self, name: MachineName, doing: str) -> Generator[None]:
+        """Hold the machine's run.lock: one start, stop, commit or removal at a time; the file says which."""
         path = Bundle(self.layout, name).run_lock
         try:
             with locks.hold(path, timeout_s=_LOCK_S, what=f"machine '{name}'") as fd:

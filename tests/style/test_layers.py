@@ -19,7 +19,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(
         (
             "host", "files", "locks", "proc", "layout", "log", "progress", "agentbinary", "userns", "syscalls",
-            "inside", "rooted", "outputs", "signals", "trees",
+            "inside", "idmapped", "rooted", "outputs", "signals", "trees",
         ),
         1,
     ),
@@ -114,6 +114,16 @@ def test_engines_do_not_know_each_other(name: str, path: Path) -> None:
         other = imported.split(".")
         is_other_engine = other[0] == "engine" and (SOURCES / "berth/engine" / ".".join(other[1:2])).is_dir()
         assert not is_other_engine or len(other) == 1 or other[1] == parts[1], f"{path}:{line}: engine imports engine"
+
+
+@pytest.mark.parametrize(("name", "path"), MODULES)
+def test_engines_are_hidden_behind_their_protocol(name: str, path: Path) -> None:
+    """Above them nobody knows an engine; `check` looks at what one needs, and `select` chooses."""
+    if name.split(".")[0] in ("engine", "check"):
+        return
+    for line, imported in berth_imports(path, name):
+        is_inner = imported.startswith("engine.") and imported.count(".") > 1
+        assert not is_inner, f"{path}:{line}: ask `Engine`, not berth.{imported}"
 
 
 @pytest.mark.parametrize(("name", "path"), MODULES)

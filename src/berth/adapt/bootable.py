@@ -158,7 +158,6 @@ def _carry_out(
                 shop.run(step, recipe)
             progress.step(f"adapting {name}: storing the result")
             shop.finish(layer)
-            layer.seek(0)
             base = next(entry for entry in store.entries() if entry.digest == image.digest)
             manifest = derive(
                 store, ingest, dataclasses.replace(base, annotations={}, platform=None), layer,

@@ -32,7 +32,6 @@ from berth.layout import Layout
 from berth.log import log
 from berth.names import HIDDEN, MachineName
 from berth.net import addresses
-from berth.oci.diff import Digests, layer_of
 from berth.progress import Progress, Silent
 from berth.session import run_into
 from berth.units import utc_now
@@ -141,12 +140,11 @@ class Workshop:
         if status:
             raise StepError(step, f"ended with status {status}", tail.text(), hint=self.offline)
 
-    def finish(self, out: IO[bytes]) -> Digests:
-        """End the machine and write what was changed in it as a layer."""
+    def finish(self, out: IO[bytes]) -> None:
+        """End the machine and write what was changed in it as a layer to the empty `out`, which then stands at it."""
         self.engine.kill(self.machine)
         self.engine.clean(self.machine)
-        lower = self.layout.template(self.machine.config.image_digest) / "rootfs"
-        return layer_of(self.machine.bundle.upper, out, lower=lower, exclude=_NOT_OURS)
+        self.engine.write_changes(self.machine, out, exclude=_NOT_OURS, live=False, progress=Silent())
 
 
 class _Tail:

@@ -6,9 +6,9 @@ An engine starts, finds and ends machines; it never decides policy (names, defau
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import IO, TYPE_CHECKING, Literal, Protocol
 
 from berth.bundle import Bundle
 from berth.config import BootConfig, MachineConfig
@@ -102,6 +102,17 @@ class Engine(Protocol):
 
     def kill(self, machine: Machine) -> None:
         """End the machine at once."""
+        ...
+
+    def write_changes(
+        self, machine: Machine, out: IO[bytes], *, exclude: Collection[str], live: bool, progress: Progress
+    ) -> None:
+        """Write what the machine has changed since its image, as a layer, to the empty `out`, which then stands at it.
+
+        exclude: paths below the root, which are left out. A machine that runs stands still meanwhile; live: not for the
+        sake of single files, which may be torn then. The caller holds the machine's start lock.
+        Raises InvalidStateError when it can't be kept still.
+        """
         ...
 
     def end_stray(self, name: MachineName) -> None:

@@ -1,4 +1,4 @@
-"""Check a layer that a guest has made, before it is stored. Owns what may be in one; layer 2, `commit` calls it.
+"""Check a layer that a guest has made, before it is stored. Owns what may be in one; layer 2; the VM engine calls it.
 
 The rules are those by which a layer is applied (`layer`, `tree`, `tar`), so that a machine can't put an image into the
 store that nothing can be made from; and nothing may be in it that was to be left out. Memory is bounded by the number

@@ -12,9 +12,9 @@ import json
 import os
 import re
 import socket
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import IO, cast
 
 from berth import files, locks, trees, userns
 from berth.agent import AgentClient, connect
@@ -282,6 +282,17 @@ class ContainerEngine:
             path = self._layout.agent_socket(machine.config.name)
             with AgentClient(connect(path, timeout_s=_KILL_S), timeout_s=_KILL_S) as client:
                 client.status()
+
+    def write_changes(
+        self, machine: Machine, out: IO[bytes], *, exclude: Collection[str], live: bool, progress: Progress
+    ) -> None:
+        from berth.engine.crun import changes  # what a boot need not wait for
+
+        still = contextlib.nullcontext() if live or self.find(machine) == STOPPED else changes.frozen(machine.config)
+        with still:
+            progress.step(f"reading {machine.config.name}")
+            changes.write_changes(machine, out, exclude=exclude)
+        out.seek(0)
 
     # Ending -------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """What a VM machine has changed on its disk, as a layer: read by a small VM of berth's own, the *reader*. Layer 3.
 
-`commit` has `write_changes` called. The disk is a file system that a guest may have made, so no program of the host
+`engine` calls `write_changes`. The disk is a file system that a guest may have made, so no program of the host
 reads it: QEMU shows a copy of it to a kernel, with the template that it was made on, and the agent writes the
 differences to a third disk (guest/internal/layer). Nothing of the machine runs; its own disk is only copied.
 
