@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 STOP_S = 10.0  # seconds that a guest's init gets to power off
 _ASK_S = 5.0  # seconds that the agent gets to take a request
 _LOCK_S = 300.0
+_DOOMED = ".doomed"  # ends the names of templates that wait for their removal
 
 
 class Machines:
@@ -497,8 +498,9 @@ class Machines:
             kept = {digest.replace(":", "-") for digest in self.images_in_use()}
             kept |= {image.digest.replace(":", "-") for image in self.images.list()}
             folders = [*_directories(self.layout.templates), *_directories(self.layout.disks)]
-            doomed = [path for path in folders if _stem(path) not in kept]
-            renamed = [path.rename(path.with_name(f"{_stem(path)}.doomed")) for path in doomed]
+            # Also what a killed prune has renamed. Each gets a name of its own: nothing can be in its way.
+            doomed = [path for path in folders if _stem(path) not in kept or path.suffix == _DOOMED]
+            renamed = [path.rename(path.with_name(f"{_stem(path)}.{os.urandom(4).hex()}{_DOOMED}")) for path in doomed]
         for path in renamed:
             trees.delete(path)
 
