@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import socket
 from collections.abc import Collection, Generator, Sequence
 from pathlib import Path
@@ -47,10 +46,7 @@ from berth.units import utc_now
 
 _READY_S = 60.0
 _KILL_S = 10.0
-_KEEPER_S = 2.0
 _SCHEMA = 1
-_LAST_LINES = 3
-_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x20-\x7e\n]")  # nothing of a guest's reaches a terminal as it is
 _INOTIFY = Path("/proc/sys/fs/inotify/max_user_instances")
 _INOTIFY_ENOUGH = 1024  # an init with its services takes about ten; all machines of root count as root's
 _NO_SERVICES = (
