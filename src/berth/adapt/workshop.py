@@ -32,6 +32,7 @@ from berth.layout import Layout
 from berth.log import log
 from berth.names import HIDDEN, MachineName
 from berth.net import addresses
+from berth.outputs import MemoryOutput
 from berth.progress import Progress, Silent
 from berth.session import run_into
 from berth.units import utc_now
@@ -147,32 +148,18 @@ class Workshop:
         self.engine.write_changes(self.machine, out, exclude=_NOT_OURS, live=False, progress=Silent())
 
 
-class _Tail:
-    """Keeps the last bytes of what a command writes; see outputs.Output for the methods."""
-
-    is_pending = False
-    error: OSError | None = None
-
-    def __init__(self) -> None:
-        self._data = bytearray()
-
-    def fileno(self) -> int:
-        return -1
+class _Tail(MemoryOutput):
+    """Keeps only the last bytes of what a command writes."""
 
     def write(self, data: memoryview) -> int:
-        self._data += data[-_KEPT:]
-        if len(self._data) > 2 * _KEPT:
-            del self._data[:-_KEPT]
+        self.data += data[-_KEPT:]
+        if len(self.data) > 2 * _KEPT:
+            del self.data[:-_KEPT]
         return len(data)
-
-    def flush(self) -> int:
-        return 0
-
-    def close(self) -> None: ...
 
     def text(self) -> str:
         """Return the last lines, in one."""
-        lines = self._data[-_KEPT:].decode(errors="replace").replace("\r", "\n").splitlines()
+        lines = self.data[-_KEPT:].decode(errors="replace").replace("\r", "\n").splitlines()
         shown = [_ESCAPES.sub("", line).strip()[:_LETTERS] for line in lines]
         return "; ".join([line for line in shown if line][-_LAST_LINES:])
 

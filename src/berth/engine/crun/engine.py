@@ -31,6 +31,7 @@ from berth.engine.running import (
     keeper_pid,
     listening,
     make_covers,
+    start_keeper,
     text,
     texts,
 )  # fmt: skip
@@ -40,7 +41,7 @@ from berth.layout import Layout
 from berth.log import log
 from berth.names import MachineName
 from berth.net.network import Network, ensure, publish, withdraw
-from berth.proc import require_program, spawn
+from berth.proc import require_program
 from berth.progress import Progress
 from berth.units import utc_now
 
@@ -141,7 +142,7 @@ class ContainerEngine:
         agent = find_agent(self._layout)
         with self._listener(machine) as listener, listening(live / "console.sock") as console:
             publish(self._layout, machine.config.name, machine.address)
-            self._start_keeper(machine, agent, console=console.fileno())
+            start_keeper(machine, agent, ["--console-fd", str(console.fileno())], pass_fds=[console.fileno()])
             try:
                 self._launch(machine, agent, idmap, placement, network, listener)
                 await_agent(machine, progress, _READY_S)
@@ -163,21 +164,6 @@ class ContainerEngine:
         """Bind the agent's socket: connects queue in it until the agent answers, so nobody has to poll."""
         with listening(self._layout.agent_socket(machine.config.name), keep=True) as sock:
             yield sock
-
-    def _start_keeper(
-        self, machine: Machine, agent: Path, *, console: int | None = None, pid: int | None = None
-    ) -> None:
-        live = self._layout.live(machine.config.name)
-        machine.bundle.logs.mkdir(mode=0o700, exist_ok=True)
-        argv = [str(agent), "keeper", "--dir", str(live), "--log", str(machine.bundle.console_log)]
-        if console is not None:
-            argv += ["--console-fd", str(console)]
-        if pid is not None:
-            argv += ["--pid", str(pid)]
-        if not self._root and machine.address.loopback:
-            argv += ["--forward", machine.address.loopback]
-        keeper = spawn(argv, pass_fds=[] if console is None else [console], new_session=True)
-        keeper.returncode = 0  # it outlives us; not ours to wait for
 
     def _launch(
         self,
@@ -265,7 +251,7 @@ class ContainerEngine:
         if not locks.is_held(self._layout.live(name) / "keeper.lock"):
             log.debug("the keeper of machine '%s' is gone: starting a new one", name)
             ensure(self._layout)
-            self._start_keeper(machine, find_agent(self._layout), pid=record.process.pid)
+            start_keeper(machine, find_agent(self._layout), ["--pid", str(record.process.pid)])
 
     def _restart_agent(self, machine: Machine, record: _Record) -> None:
         """Start `agent serve` in the living container, from our own copy of the binary, with a new socket."""

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from berth import host, userns
 from berth.agentbinary import find_agent
+from berth.engine import running
 from berth.engine.base import Machine
 from berth.engine.qemu import disks, shares
 from berth.engine.qemu.accel import Accelerator
@@ -103,17 +104,9 @@ def start_keeper(machine: Machine, layout: Layout, agent_socket: socket.socket, 
 
     boot: the machine is being started, not only its keeper.
     """
-    machine.bundle.logs.mkdir(mode=0o700, exist_ok=True)
     fd = agent_socket.fileno()
-    argv = [
-        str(find_agent(layout)), "keeper", "--vm", "--dir", str(layout.live(machine.config.name)),
-        "--log", str(machine.bundle.console_log), "--agent-fd", str(fd), "--disk-dir", str(machine.bundle.vm),
-    ]  # fmt: skip
-    argv += [] if boot else ["--again"]
-    if os.geteuid() != 0 and machine.address.loopback:
-        argv += ["--forward", machine.address.loopback]
-    keeper = spawn(argv, pass_fds=[fd], new_session=True)
-    keeper.returncode = 0  # it outlives us; not ours to wait for
+    words = ["--vm", "--agent-fd", str(fd), "--disk-dir", str(machine.bundle.vm), *([] if boot else ["--again"])]
+    running.start_keeper(machine, find_agent(layout), words, pass_fds=[fd])
 
 
 def qemu_owner() -> int | None:
