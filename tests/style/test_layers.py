@@ -152,3 +152,8 @@ _MAY_EXIT = {"inside"}
 def test_everything_is_in_a_layer() -> None:
     for name, _path in modules():
         assert layer(name) in range(7)
+
+
+@pytest.mark.parametrize(("name", "path"), MODULES)
+def test_every_module_says_what_it_is_for(name: str, path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_bytes())), f"{path}: berth.{name} has no docstring"
