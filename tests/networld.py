@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from berth import proc, syscalls
 from berth.layout import Layout
@@ -39,11 +39,11 @@ ANSWER = "203.0.113.9"  # of the outside's DNS server, to every question
 
 # What berth does in the world, as root or as the user: one request on stdin, one answer on stdout.
 _WORKER = """
-import json, sys
+import dataclasses, json, sys
 from berth import userns
 from berth.errors import BerthError
 from berth.layout import Layout
-from berth.net import addresses, network
+from berth.net import addresses, attach, network
 
 layout = Layout.from_environment()
 request = json.load(sys.stdin)
@@ -56,7 +56,7 @@ def start(name, pid):
     net = ensure()
     network.publish(layout, name, address)
     if net.holder_pid is None:
-        network.attach(net, address, pid)
+        attach.attach(net.bridge, address, pid)
     else:
         arguments = {"bridge": net.bridge, "address": address.to_json(), "pid": pid}
         userns.call("berth.net.attach:attach_inside", arguments, holder=net.holder_pid)
@@ -111,7 +111,7 @@ def speed():
 
 try:
     result = {
-        "ensure": lambda: ensure().to_json(),
+        "ensure": lambda: dataclasses.asdict(ensure()),
         "start": lambda: start(request["name"], request["pid"]),
         "start_vm": lambda: start_vm(request["name"]),
         "start_alone": lambda: start_alone(request["name"]),
@@ -177,12 +177,12 @@ class World:
 
     def ensure(self) -> Network:
         """Call `network.ensure`."""
-        return Network.from_json(self.do("ensure"))
+        return _network(self.do("ensure"))
 
     def ensure_many(self, count: int) -> list[Network]:
         """Call `network.ensure` in so many processes at once."""
         processes = [self._popen({"do": "ensure"}) for _ in range(count)]
-        return [Network.from_json(self._finish(process)) for process in processes]
+        return [_network(self._finish(process)) for process in processes]
 
     def machine(self, name: str) -> tuple[Address, int]:
         """Make a stand-in for a machine and attach it; return its address and the process that is its init."""
@@ -410,3 +410,9 @@ def kill(process: Process | None) -> None:
     assert process is not None
     os.kill(process.pid, signal.SIGKILL)
     until(lambda: identify(process.pid) is None)
+
+
+def _network(answer: object) -> Network:
+    members = cast("dict[str, Any]", answer)
+    members["notes"] = tuple(members["notes"])
+    return Network(**members)

@@ -31,7 +31,7 @@ _AMD64_KVM_ROOT = Vm(
 _ARM64_TCG = Vm(
     id="0123456789ab", arch="arm64", host_arch="amd64", accel="tcg", cpus=2, memory=GIB,
     kernel_fd=10, initrd_fd=11, cmdline=kernel_command_line("arm64", "tcg"),
-    disk=Disk(fd=12, backing_fd=13), modules_fd=14, shares=(Share("share0", 15, "9p", read_only=True),),
+    disk=Disk(fd=12, backing_fd=13), modules_fd=14, shares=(Share("share0", 15),),
     nic=Nic(_MAC, "user", user=UserNetwork("10.209.0.0/22", "10.209.0.1", "10.209.0.3")),
     channel_fd=20, console_fd=21, serial_fd=22, monitor_fd=23, keeper_monitor_fd=24,
 )  # fmt: skip

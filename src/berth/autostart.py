@@ -41,7 +41,6 @@ def enable(layout: Layout) -> Autostart:
     unit.parent.mkdir(parents=True, exist_ok=True)
     text = unit_text(berth_command(), overrides(layout), for_root=os.geteuid() == 0)
     write_atomic(unit, text.encode(), mode=0o644)
-    unit.chmod(0o644)  # whatever the umask was
     missing = _why_no_systemd()
     if missing is not None:
         return Autostart(unit, "disabled", missing)

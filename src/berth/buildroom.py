@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TypedDict
 
 from berth import inside, syscalls
-from berth.engine.crun.launch import open_userns
 from berth.errors import BerthError
+from berth.idmapped import open_userns
 from berth.proc import run, spawn
 
 ROOM = "/mnt"  # FHS 3.0: "for mounting temporarily"

@@ -251,9 +251,14 @@ def delete(layout: Layout, name: MachineName) -> Path:
 
 
 def trash(layout: Layout) -> list[Path]:
-    """List what is to be removed: deleted bundles, failed creates, and creates whose process died."""
+    """List what is to be removed: deleted bundles, failed creates, and creates whose process died.
+
+    A default that is no machine any more, which everybody ignores, is forgotten: its deletion was killed halfway.
+    """
     with machines_lock(layout):
         _sweep_partials(layout)
+        if find_default(layout) is None:
+            layout.default_machine.unlink(missing_ok=True)
         return sorted(path for path in layout.machines.iterdir() if path.name.startswith(_TRASH))
 
 

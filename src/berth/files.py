@@ -5,50 +5,50 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-from berth.errors import BerthError, StateFormatError
+from berth import locks
+from berth.errors import BerthError, BusyError, StateFormatError
 
-_PARTIAL = re.compile(r"(.+)\.([0-9]+)\.partial")  # of `write_atomic`
+_PARTIAL = ".partial"
+_TURN_S = 60.0  # a write takes milliseconds
 
 
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Replace `path` by `data`: a reader, or a crash, finds the old file or the new, never half of one.
 
-    One writer at a time, by the caller's lock or by the file's nature; the partial file is removed on failure, and that
-    of a writer who was killed by the next one. An OSError names `path`.
+    Writers take turns at one partial file beside it, so that the next one writes over what a killed one left; it is
+    removed on failure. An OSError names `path`. Raises BusyError when another writer is stuck.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}{_PARTIAL}")
     try:
-        sweep_partials(path.parent, path.name)
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
-        with open(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(fd)
-        os.replace(partial, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        if isinstance(error, OSError):  # of a write it names nothing, else our partial file, which nobody knows
-            raise type(error)(error.errno, error.strerror, str(path)) from error
-        raise
+        with locks.hold(partial, timeout_s=_TURN_S, what=str(path)) as fd:
+            try:
+                with open(fd, "wb", closefd=False) as file:
+                    os.ftruncate(fd, 0)
+                    os.fchmod(fd, mode)
+                    file.write(data)
+                    file.flush()
+                    os.fsync(fd)
+                os.replace(partial, path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+    except OSError as error:  # of a write it names nothing, else our partial file, which nobody knows
+        raise type(error)(error.errno, error.strerror, str(path)) from error
     sync_directory(path.parent)
 
 
-def sweep_partials(folder: Path, name: str = "") -> None:
-    """Remove what writers of `name` (of any file) in a folder left that were killed; absent is fine.
-
-    The partial file's name holds the process id of its writer.
-    """
-    for found in os.listdir(folder) if folder.is_dir() else ():
-        match = _PARTIAL.fullmatch(found)
-        if match and name in ("", match[1]) and not os.path.exists(f"/proc/{match[2]}"):
-            (folder / found).unlink(missing_ok=True)
+def sweep_partials(folder: Path) -> None:
+    """Remove what killed writers left in a folder of files that nobody writes again; an absent folder is fine."""
+    for path in folder.glob(f"*{_PARTIAL}"):
+        if path.is_file() and not path.is_symlink():
+            # Held: nobody is at it, and who comes now waits for us and begins anew.
+            with contextlib.suppress(BusyError), locks.hold(path, timeout_s=0):
+                path.unlink()
 
 
 def sync_directory(path: Path) -> None:

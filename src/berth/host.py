@@ -55,7 +55,7 @@ def architecture() -> str:
 def facts() -> Host:
     """Gather what this host is (milliseconds; nothing is started)."""
     name = os.uname()
-    release = _os_release()
+    release = os_release()
     return Host(
         os=name.sysname.lower(),
         architecture=architecture(),
@@ -114,7 +114,8 @@ def tool_version(argv: tuple[str, ...]) -> str | None:
     return parse_version((done.stdout + b"\n" + done.stderr).decode(errors="replace"))
 
 
-def _os_release() -> Mapping[str, str]:
+def os_release() -> Mapping[str, str]:
+    """Read this host's own os-release file; nothing where there is none."""
     for path in _OS_RELEASE:
         try:
             return parse_os_release(Path(path).read_text(errors="replace"))

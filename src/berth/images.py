@@ -13,7 +13,7 @@ import os
 import stat
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import IO, TYPE_CHECKING, cast
 
 from berth.errors import (
     BerthError,
@@ -244,7 +244,7 @@ class Images:
         if image.problem:
             return None
         try:
-            return inspect(self._layout, self, image).has_init
+            return inspect(self._layout, image.digest, lambda: self.opened_layers(image)).has_init
         except (BerthError, OSError):  # a list shows what is damaged, and does not fail on it
             return None
 
@@ -321,8 +321,8 @@ class Images:
             ingest.commit_all([(item.manifest, item.names) for item in fetched])
         return [name for item in fetched for name in item.names or (item.manifest.digest,)]
 
-    def save(self, references: Sequence[str], file: Path, *, progress: Progress | None = None) -> None:
-        """Write images into an oci-archive that `load`, skopeo and podman read. Nothing half-made is left."""
+    def save(self, references: Sequence[str], file: Path | IO[bytes], *, progress: Progress | None = None) -> None:
+        """Write images into an oci-archive that `load`, skopeo and podman read; at a path nothing half-made is left."""
         from berth.oci.save import save_archive
 
         progress = progress or Silent()

@@ -99,9 +99,13 @@ class Layout:
     def recipes(self) -> Path:
         return self.config / "recipes"
 
-    # What was found out about an image, by manifest digest.
+    # What was found out about images, by manifest digest.
+    @property
+    def inspections(self) -> Path:
+        return self.cache / "inspections"
+
     def inspection(self, digest: str) -> Path:
-        return self.cache / "inspections" / f"{digest.replace(':', '-')}.json"
+        return self.inspections / f"{digest.replace(':', '-')}.json"
 
     @property
     def machines_lock(self) -> Path:

@@ -21,9 +21,9 @@ from berth.agent import AgentClient, connect
 from berth.bundle import Bundle, Listed
 from berth.config import BootConfig, Change, HostUser, MachineConfig, apply_assignments, check_fits
 from berth.engine import unpacking
-from berth.engine.base import STOPPED, Engine, Liveness, Machine
+from berth.engine.base import STOPPED, Engine, Liveness, Machine, ensure_template
 from berth.engine.select import all_engines, choose_isolation, engine_for
-from berth.engine.unpacking import Ahead, make_template
+from berth.engine.unpacking import Ahead
 from berth.errors import BerthError, BootError, DeadlineError, InvalidStateError, NotFoundError
 from berth.files import load_json, sweep_partials
 from berth.layout import Layout
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 STOP_S = 10.0  # seconds that a guest's init gets to power off
 _ASK_S = 5.0  # seconds that the agent gets to take a request
 _LOCK_S = 300.0
+_DOOMED = ".doomed"  # ends the names of templates that wait for their removal
 
 
 class Machines:
@@ -174,15 +175,12 @@ class Machines:
     def _ensure_template(
         self, machine: Machine, image: StoredImage, progress: Progress, ahead: Ahead | None = None
     ) -> None:
-        engine = self._engine(machine)
-        if not engine.has_template(machine):
-            with self.images.opened_layers(image) as layers:
-                make_template(engine, machine, layers, image.reference, progress, ahead)
+        ensure_template(self._engine(machine), machine, lambda: self.images.opened_layers(image), progress, ahead)
 
     def remove(self, name: str, *, force: bool = False) -> None:
         """Delete a machine with its storage. Raises InvalidStateError when it runs and `force` is not set."""
         checked = self.resolve(name)
-        with self._exclusive(checked, "stopping"):
+        with self.exclusive(checked, "stopping"):
             machine = self._try_load(checked)
             if machine is not None:
                 engine = self._engine(machine)
@@ -230,7 +228,7 @@ class Machines:
     def start(self, name: str, *, progress: Progress | None = None) -> None:
         """Boot a machine until its agent answers; a running one is left as it is, a broken one repaired."""
         checked = self.resolve(name)
-        with self._exclusive(checked, "starting"):
+        with self.exclusive(checked, "starting"):
             self._ensure_running(self._load(checked), progress or Silent())
 
     def _ensure_running(self, machine: Machine, progress: Progress) -> None:
@@ -259,7 +257,7 @@ class Machines:
     def stop(self, name: str, *, force: bool = False, timeout_s: float = STOP_S) -> None:
         """Power a machine off: ask its init, and after `timeout_s` end it. Idempotent."""
         checked = self.resolve(name)
-        with self._exclusive(checked, "stopping"):
+        with self.exclusive(checked, "stopping"):
             machine = self._load(checked)
             engine = self._engine(machine)
             if engine.find(machine).state != "stopped":
@@ -472,8 +470,12 @@ class Machines:
         progress.step("removing deleted machines")
         self._empty_trash()
         addresses.sweep(self.layout)
-        written = [self.layout.data, self.layout.cache, self.layout.hub, self.layout.hub_machines]
-        for folder in [*written, *(listed.bundle.path for listed in bundles.list_bundles(self.layout))]:
+        places = [listed.bundle for listed in bundles.list_bundles(self.layout)]
+        layout = self.layout
+        for folder in (
+            layout.data, layout.cache, layout.inspections, layout.hub, layout.hub_machines,
+            *(bundle.path for bundle in places), *(bundle.vm for bundle in places),
+        ):  # fmt: skip
             sweep_partials(folder)
         progress.step("removing unused images")
         self.images.prune(self.images_in_use)
@@ -496,8 +498,9 @@ class Machines:
             kept = {digest.replace(":", "-") for digest in self.images_in_use()}
             kept |= {image.digest.replace(":", "-") for image in self.images.list()}
             folders = [*_directories(self.layout.templates), *_directories(self.layout.disks)]
-            doomed = [path for path in folders if _stem(path) not in kept]
-            renamed = [path.rename(path.with_name(f"{_stem(path)}.doomed")) for path in doomed]
+            # Also what a killed prune has renamed. Each gets a name of its own: nothing can be in its way.
+            doomed = [path for path in folders if _stem(path) not in kept or path.suffix == _DOOMED]
+            renamed = [path.rename(path.with_name(f"{_stem(path)}.{os.urandom(4).hex()}{_DOOMED}")) for path in doomed]
         for path in renamed:
             trees.delete(path)
 
@@ -555,8 +558,8 @@ class Machines:
         return engine_for(machine.config.isolation, self.layout)
 
     @contextlib.contextmanager
-    def _exclusive(self, name: MachineName, doing: str) -> Generator[None]:
-        """Hold the machine's run.lock: one start, stop or removal at a time; the file says which."""
+    def exclusive(self, name: MachineName, doing: str) -> Generator[None]:
+        """Hold the machine's run.lock: one start, stop, commit or removal at a time; the file says which."""
         path = Bundle(self.layout, name).run_lock
         try:
             with locks.hold(path, timeout_s=_LOCK_S, what=f"machine '{name}'") as fd:

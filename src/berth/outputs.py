@@ -177,7 +177,7 @@ class MemoryOutput:
     error: OSError | None = None
 
     def __init__(self) -> None:
-        self.data = bytearray()
+        self.data: bytearray = bytearray()
 
     def fileno(self) -> int:
         return -1

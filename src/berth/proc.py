@@ -53,11 +53,16 @@ def find_program(name: str) -> Path | None:
 
 
 def require_program(name: str, *, package: str) -> Path:
-    """Find a program or raise UnsupportedError, which names the package that has it."""
+    """Find a program or raise UnsupportedError, which says how to get it. package: Debian's name of what has it."""
     found = find_program(name)
     if found is None:
-        raise UnsupportedError(f"{name} is not installed", hint=f"sudo apt-get install {package}")
+        raise UnsupportedError(f"{name} is not installed", hint=install_command(package))
     return found
+
+
+def install_command(package: str) -> str:
+    """Say how to install a Debian package; where there is no apt, by what finds out the host's own command."""
+    return f"sudo apt-get install {package}" if find_program("apt-get") else "berth system check"
 
 
 def run(

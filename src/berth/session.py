@@ -39,10 +39,6 @@ _GATHERED = 64  # buffers in one sendmsg; IOV_MAX is 1024
 _MAX_UNSENT = 64  # buffers that may wait for an agent that does not read; signals beyond that are dropped
 _GREETING_S = 60.0  # an agent greets at once, and a command may then take its time; a frozen machine greets late
 _START_STATUS = {"not_found": 127, "not_executable": 126}
-_START_HINTS = {
-    "not_found": "install it in the machine: berth run --root apt-get install … (an image without package lists needs "
-    "apt-get update first)"
-}
 _ENDING = ("HUP", "INT", "QUIT", "TERM")  # what ends a command that does not catch it
 
 
@@ -50,7 +46,7 @@ class StartError(AgentError):
     """The command did not start. `status` is the exit status for it: 127 not found, 126 not executable, else 125."""
 
     def __init__(self, agent_code: str, message: str) -> None:
-        super().__init__(agent_code, message, hint=_START_HINTS.get(agent_code))
+        super().__init__(agent_code, message)
         self.status = _START_STATUS.get(agent_code, 125)
 
 

@@ -7,17 +7,18 @@ The code that runs inside is `berth.inside`, started as a fresh process: no fork
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pwd
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple, cast
 
 from berth import errors
-from berth.errors import BerthError, CommandError, UnsupportedError
+from berth.errors import BerthError, CommandError, DeadlineError, UnsupportedError
 from berth.log import log
 from berth.proc import require_program, run, spawn
 
@@ -156,9 +157,9 @@ def start_prepared(
         return child.pid
 
 
-def enter_command(pid: int, argv: Sequence[str], *, net: bool = True) -> list[str]:
-    """Say how to run `argv` as root inside the user (and network) namespace of `pid`."""
-    return ["nsenter", "-t", str(pid), "-U", *(["-n"] if net else []), "-S", "0", "-G", "0", "--", *argv]
+def enter_command(pid: int, argv: Sequence[str]) -> list[str]:
+    """Say how to run `argv` as root inside the user and network namespace of `pid`."""
+    return ["nsenter", "-t", str(pid), "-U", "-n", "-S", "0", "-G", "0", "--", *argv]
 
 
 def call(
@@ -171,7 +172,7 @@ def call(
     pass_fds: Sequence[int] = (),
     progress: Callable[[int, int | None], None] = lambda _done, _total: None,
     on_start: Callable[[Callable[[], None]], None] = lambda _end: None,
-    timeout_s: float = 3600.0,
+    timeout_s: float | None = None,
 ) -> object:
     """Run ``module:function`` of berth in a fresh process and return what it returns (JSON).
 
@@ -179,14 +180,15 @@ def call(
     process; with neither just as we are. `arguments` are its keyword arguments. Its module is imported before the
     namespace is entered, because afterwards our own files may be out of reach. `prefix` is a command that starts it
     (systemd-run …). Errors that berth raised inside are raised here again, as what they were. `on_start` is handed what
-    another thread may end the process with; then CommandError is raised.
+    another thread may end the process with; then CommandError is raised. Without `timeout_s` it ends with us at the
+    latest; with it, DeadlineError is raised.
     """
     request = {"call": function, "arguments": dict(arguments), "new": idmap is not None, "holder": holder, "net": True}
-    with _Inside(request, idmap, prefix=prefix, pass_fds=pass_fds) as child:
+    with _Inside(request, idmap, prefix=prefix, pass_fds=pass_fds) as child, child.within(timeout_s, function):
         on_start(child.end)
         if idmap is not None:
             child.map_ids()
-        return child.result(progress, timeout_s)
+        return child.result(progress)
 
 
 class _Inside:
@@ -233,6 +235,30 @@ class _Inside:
         """End the process at once; whoever waits for its answer learns of it."""
         self._process.kill()
 
+    @contextlib.contextmanager
+    def within(self, timeout_s: float | None, what: str) -> Generator[None]:
+        """Give a block so much time: then the process is ended and DeadlineError raised."""
+        if timeout_s is None:
+            yield
+            return
+        late = threading.Event()
+
+        def expire() -> None:
+            late.set()
+            self.end()
+
+        timer = threading.Timer(timeout_s, expire)  # whoever waits for an answer is blocked in readline
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except CommandError as error:
+            if not late.is_set():
+                raise
+            raise DeadlineError(f"{what} did not finish within {timeout_s:g} s") from error
+        finally:
+            timer.cancel()
+
     def _send(self, message: Mapping[str, object]) -> None:
         stdin = cast("IO[bytes]", self._process.stdin)
         try:
@@ -241,7 +267,7 @@ class _Inside:
         except BrokenPipeError:
             log.debug("the process inside the namespace ended early")
 
-    def _lines(self) -> dict[str, object]:
+    def _message(self) -> dict[str, object]:
         stdout = cast("IO[bytes]", self._process.stdout)
         line = stdout.readline()
         if not line:
@@ -252,7 +278,7 @@ class _Inside:
 
     def map_ids(self) -> None:
         """Wait until the child has its namespace, write its maps, let it go on."""
-        message = self._lines()
+        message = self._message()
         if "unshared" not in message:
             _raise(message)
         pid = str(message["unshared"])
@@ -267,11 +293,10 @@ class _Inside:
         if line:
             _raise(cast("dict[str, object]", json.loads(line)))
 
-    def result(self, progress: Callable[[int, int | None], None], timeout_s: float = _START_S) -> object:
+    def result(self, progress: Callable[[int, int | None], None]) -> object:
         """Read until the result; hand progress on. Raises what the child raised."""
-        del timeout_s  # the child sets its own alarm: a reader blocked in readline can't
         while True:
-            message = self._lines()
+            message = self._message()
             match message:
                 case {"done": int(done)}:
                     total = message.get("total")

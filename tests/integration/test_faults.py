@@ -212,7 +212,7 @@ def test_no_crun_is_told(person: Person, machine: Callable[..., str], session: P
     name = machine("--no-boot")
     empty = session / "empty-path"
     empty.mkdir(exist_ok=True)
-    for program in ("ip", "nsenter", "newuidmap", "newgidmap", "nft", "sh", "env"):
+    for program in ("ip", "nsenter", "newuidmap", "newgidmap", "nft", "sh", "env", "apt-get"):
         found = subprocess.run(["which", program], capture_output=True, text=True, check=False).stdout.strip()
         if found and not (empty / program).exists():
             (empty / program).symlink_to(found)

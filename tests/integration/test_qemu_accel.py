@@ -56,8 +56,6 @@ class Hosting:
         return sock.fileno()
 
     def share(self, share: Share) -> Share:
-        if share.kind == "9p":
-            return dataclasses.replace(share, fd=self.file(".", os.O_RDONLY | os.O_DIRECTORY))
         daemon = find_virtiofsd()
         if daemon is None:
             pytest.skip("needs virtiofsd")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,11 +19,11 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(
         (
             "host", "files", "locks", "proc", "layout", "log", "progress", "agentbinary", "userns", "syscalls",
-            "inside", "credentials", "rooted", "outputs", "signals", "trees",
+            "inside", "idmapped", "rooted", "outputs", "signals", "trees",
         ),
         1,
     ),
-    **dict.fromkeys(("config", "wire", "oci", "bundle", "machineinfo", "dockerfile"), 2),
+    **dict.fromkeys(("config", "wire", "oci", "bundle", "machineinfo", "credentials", "dockerfile"), 2),
     **dict.fromkeys(
         ("agent", "session", "terminal", "kernels", "engine", "net", "check", "autostart", "consolelog"), 3
     ),
@@ -82,8 +83,8 @@ def test_imports_go_downwards(name: str, path: Path) -> None:
 
 
 def test_no_import_cycles() -> None:
-    """Also within a layer: what imports each other in a circle is one module in several files."""
-    graph = {name: {imported for _line, imported in top_imports(path)} - {name} for name, path in modules()}
+    """Also within a layer, in functions and for types: what needs each other is one module in several files."""
+    graph = {name: {imported for _line, imported in berth_imports(path, name)} - {name} for name, path in modules()}
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
@@ -97,15 +98,11 @@ def test_no_import_cycles() -> None:
         visit(name, ())
 
 
-def top_imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield what a module imports from berth while it is itself imported (not inside functions)."""
-    known = {name for name, _path in modules()}
-    for node in ast.parse(path.read_bytes()).body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "berth":
-            module = (node.module or "").removeprefix("berth").removeprefix(".")
-            for alias in node.names:
-                inner = f"{module}.{alias.name}".strip(".")
-                yield node.lineno, inner if inner in known else module
+def test_internals_has_the_same_layers() -> None:
+    """The table in docs/internals.md, by its rows: number, modules, what they are about."""
+    rows = re.findall(r"^\| (\d) \| ([^|]+) \|", (ROOT / "docs/internals.md").read_text(), re.MULTILINE)
+    told = {name: int(number) for number, names in rows for name in re.findall(r"`(\w+)`", names)}
+    assert told == {name: number for name, number in LAYERS.items() if name not in ("", "__main__")}
 
 
 @pytest.mark.parametrize(("name", "path"), MODULES)
@@ -117,6 +114,16 @@ def test_engines_do_not_know_each_other(name: str, path: Path) -> None:
         other = imported.split(".")
         is_other_engine = other[0] == "engine" and (SOURCES / "berth/engine" / ".".join(other[1:2])).is_dir()
         assert not is_other_engine or len(other) == 1 or other[1] == parts[1], f"{path}:{line}: engine imports engine"
+
+
+@pytest.mark.parametrize(("name", "path"), MODULES)
+def test_engines_are_hidden_behind_their_protocol(name: str, path: Path) -> None:
+    """Above them nobody knows an engine; `check` looks at what one needs, and `select` chooses."""
+    if name.split(".")[0] in ("engine", "check"):
+        return
+    for line, imported in berth_imports(path, name):
+        is_inner = imported.startswith("engine.") and imported.count(".") > 1
+        assert not is_inner, f"{path}:{line}: ask `Engine`, not berth.{imported}"
 
 
 @pytest.mark.parametrize(("name", "path"), MODULES)
@@ -145,3 +152,8 @@ _MAY_EXIT = {"inside"}
 def test_everything_is_in_a_layer() -> None:
     for name, _path in modules():
         assert layer(name) in range(7)
+
+
+@pytest.mark.parametrize(("name", "path"), MODULES)
+def test_every_module_says_what_it_is_for(name: str, path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_bytes())), f"{path}: berth.{name} has no docstring"

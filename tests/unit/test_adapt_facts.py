@@ -1,13 +1,16 @@
-"""What is found out about an image from its layers alone: init, shell, package managers, distribution."""
+"""What is found out about an image from its layers, or its files: init, shell, package managers, distribution."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 
 from berth.adapt import facts as facts_module
-from berth.adapt.facts import Facts, inspect, parse_os_release, read_layers
+from berth.adapt.facts import Facts, inspect, read_layers, read_tree, recall
 from berth.adapt.listing import Listing
 from berth.errors import ImageFormatError
 from berth.images import Images
@@ -136,8 +139,98 @@ def test_facts_of_one_static_binary() -> None:
 
 
 def test_os_release_of_a_stranger() -> None:
-    assert parse_os_release(b"ID='a b'\nNAME=x\x1b[31m\n# ID=c\nno\n=1\nA-B=2\n") == {"ID": "a b", "NAME": "x[31m"}
+    assert facts(member("etc/os-release", b"ID='a'\nPRETTY_NAME=x\x1b[31m\n# ID=c\nno\n=1\n")).name == "x[31m"
     assert facts(member("etc/os-release", b"ID=\x1b]0;x\x07\nID_LIKE=../../etc\n")).ids == ()
+
+
+def tree(root: Path, files: dict[str, bytes], links: dict[str, str]) -> Path:
+    """Make a directory with programs (and etc/os-release, which is none) and links."""
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+        (root / name).chmod(0o644 if name.endswith("-release") else 0o755)
+    for name, target in links.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).symlink_to(target)
+    return root
+
+
+def facts_of(root: Path) -> Facts:
+    fd = os.open(root, os.O_PATH)
+    try:
+        return read_tree(fd)
+    finally:
+        os.close(fd)
+
+
+RELEASE = b'ID=ubuntu\nID_LIKE="debian other"\nPRETTY_NAME="Ubuntu 24.04"\n'
+
+
+def test_files_say_what_layers_do(tmp_path: Path) -> None:
+    programs = {"usr/bin/dash": PROGRAM, "usr/bin/apt-get": PROGRAM, "usr/lib/systemd/systemd": PROGRAM}
+    links = {
+        "bin": "usr/bin", "lib": "/usr/lib", "usr/bin/sh": "dash", "etc/os-release": "../usr/lib/os-release",
+        "sbin/init": "/lib/systemd/systemd",
+    }  # fmt: skip
+    layer = b"".join(
+        [
+            *(program(name) for name in programs), *(symlink(name, target) for name, target in links.items()),
+            member("usr/lib/os-release", RELEASE),
+        ]
+    )  # fmt: skip
+    found = facts_of(tree(tmp_path, {**programs, "usr/lib/os-release": RELEASE}, links))
+    assert found == facts(layer)
+    assert found.has_init
+
+
+def test_links_in_files_lead_nowhere_outside(tmp_path: Path) -> None:
+    links = {"sbin/init": "/bin/sh", "bin/sh": "../../../../../../../../bin/sh", "etc/os-release": "/etc/os-release"}
+    assert facts_of(tree(tmp_path, {}, links)) == Facts(has_init=False, has_shell=False, ids=("linux",))
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    os.mkfifo(tmp_path / "etc/os-release")
+    (tmp_path / "sbin/init").mkdir(parents=True)
+    assert facts_of(tmp_path) == Facts(has_init=False, has_shell=False, ids=("linux",))
+    (tmp_path / "etc/os-release").unlink()
+    (tmp_path / "etc/os-release").write_bytes(b"ID=x\n" + bytes(1 << 20))
+    assert facts_of(tmp_path).ids == ("linux",)
+
+
+def test_what_is_unpacked_is_looked_at(layout: Layout) -> None:
+    digest = f"sha256:{'ab' * 32}"
+    assert recall(layout, digest) is None
+    template = layout.template(digest)
+    tree(template / "rootfs", {"bin/sh": PROGRAM, "etc/os-release": RELEASE}, {})
+    assert recall(layout, digest) is None  # half-made
+    (template / "template.json").touch()
+    found = recall(layout, digest)
+    assert found is not None
+    assert (found.has_shell, found.ids) == (True, ("ubuntu", "debian", "other"))
+    (template / "template.json").unlink()
+    assert recall(layout, digest) == found
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_what_is_being_unpacked_is_waited_for(layout: Layout, tmp_path: Path, *, is_open: bool) -> None:
+    """Files that are closed to us (they are a machine's) are no obstacle: the layers tell as well."""
+    tree(tmp_path, {"bin/sh": PROGRAM}, {})
+    fd = os.open(tmp_path, os.O_PATH)
+    opened: list[bool] = []
+
+    @contextlib.contextmanager
+    def layers() -> Generator[list[tuple[int, str]]]:
+        opened.append(True)
+        with file_of(program("bin/sh") + END) as layer:
+            yield [(layer, spec.LAYER)]
+
+    try:
+        found = inspect(layout, f"sha256:{'cd' * 32}", layers, lambda: fd if is_open else -1)
+    finally:
+        os.close(fd)
+    assert found.has_shell
+    assert bool(opened) != is_open
 
 
 def test_what_was_found_once_is_remembered(
@@ -147,7 +240,11 @@ def test_what_was_found_once_is_remembered(
     path.write_bytes(rootfs())
     images = Images(layout)
     image = images.ensure(f"rootfs:{path}")
-    found = inspect(layout, images, image)
+
+    def look() -> Facts:
+        return inspect(layout, image.digest, lambda: images.opened_layers(image))
+
+    found = look()
     assert found.has_shell
     assert not found.has_init
 
@@ -156,6 +253,6 @@ def test_what_was_found_once_is_remembered(
 
     with monkeypatch.context() as patch:
         patch.setattr(facts_module, "read_layers", never)
-        assert inspect(layout, images, image) == found
+        assert look() == found
     layout.inspection(image.digest).write_text('{"schema": 1, "has_init": "maybe"}')
-    assert inspect(layout, images, image) == found
+    assert look() == found

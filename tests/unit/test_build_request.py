@@ -301,7 +301,7 @@ def test_without_buildah_it_says_how_to_get_it(
     images: Images, layout: Layout, context: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr("berth.proc.find_program", lambda _name: None)
+    monkeypatch.setattr("berth.proc.find_program", {"apt-get": Path("/usr/bin/apt-get")}.get)
     with pytest.raises(UnsupportedError, match="buildah is not installed") as caught:
         build(Request(context), images, layout, shown=silent, output=OUTPUT)
     assert caught.value.hint is not None

@@ -280,3 +280,10 @@ class TestDefault:
         assert bundles.find_default(layout) is None
         bundles.set_default_if_none(layout, DEV)
         assert bundles.find_default(layout) == DEV
+
+    def test_a_default_whose_deletion_was_killed_is_none(self, layout: Layout) -> None:
+        bundles.set_default(layout, make(layout, "dev").name)
+        layout.bundle(DEV).rename(layout.machines / ".trash-dev-00000000")
+        assert bundles.find_default(layout) is None
+        assert [path.name for path in bundles.trash(layout)] == [".trash-dev-00000000"]
+        assert not layout.default_machine.exists()

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from berth.cli import main as cli
-from berth.cli import output
+from berth.cli import ending, output
 from berth.cli.progress import Bar, Lines, Transfer, display
 from berth.errors import (
     BerthError,
@@ -127,11 +126,11 @@ class TestErrors:
         self, layout: Layout, capsys: pytest.CaptureFixture[str]
     ) -> None:
         for path in (layout.runtime.parent, layout.runtime, layout.runtime / "m"):
-            cli.show_error(PermissionError(13, "Permission denied", str(path)))
+            ending.show_error(PermissionError(13, "Permission denied", str(path)))
             assert (
                 f"hint: {layout.runtime} has to be a folder of yours: set BERTH_RUNTIME_DIR" in capsys.readouterr().err
             )
-        cli.show_error(PermissionError(13, "Permission denied", "relative"))
+        ending.show_error(PermissionError(13, "Permission denied", "relative"))
         assert "hint" not in capsys.readouterr().err
 
     @pytest.mark.parametrize(
@@ -152,12 +151,12 @@ class TestErrors:
         ],
     )  # fmt: skip
     def test_rendering(self, error: Exception, text: str, status: int, capsys: pytest.CaptureFixture[str]) -> None:
-        assert cli.show_error(error) == status
+        assert ending.show_error(error) == status
         assert capsys.readouterr() == ("", text)
-        assert cli.show_error(error, failed=125) == 125
+        assert ending.show_error(error, failed=125) == 125
 
     def test_a_bug(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert cli.show_error(KeyError("x")) == 1
+        assert ending.show_error(KeyError("x")) == 1
         assert capsys.readouterr().err.startswith("berth: internal error: KeyError: 'x'\nhint: ")
 
     @given(st.text(st.characters(codec=None)))
@@ -165,14 +164,14 @@ class TestErrors:
         stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stderr", stream)
-            cli.show_error(BerthError(text, hint=text))
+            ending.show_error(BerthError(text, hint=text))
 
     def test_colour(self, monkeypatch: pytest.MonkeyPatch) -> None:
         stream = Terminal()
         monkeypatch.setattr(sys, "stderr", stream)
         monkeypatch.setenv("TERM", "xterm")
         monkeypatch.delenv("NO_COLOR", raising=False)
-        cli.show_error(BerthError("no"))
+        ending.show_error(BerthError("no"))
         assert stream.getvalue() == "\033[1;31mberth:\033[m no\n"
 
     def test_interrupt_and_broken_pipe(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,11 +181,11 @@ class TestErrors:
         def bug() -> int:
             raise ZeroDivisionError("oh")
 
-        assert cli.guarded(lambda: 3, debug=False) == 3
-        assert cli.guarded(interrupt, debug=False) == 130
-        assert cli.guarded(bug, debug=False) == 1
+        assert ending.guarded(lambda: 3, debug=False) == 3
+        assert ending.guarded(interrupt, debug=False) == 130
+        assert ending.guarded(bug, debug=False) == 1
         assert "Traceback" not in capsys.readouterr().err
-        assert cli.guarded(bug, debug=True) == 1
+        assert ending.guarded(bug, debug=True) == 1
         assert "Traceback" in capsys.readouterr().err
 
 

@@ -7,19 +7,20 @@ import json
 import os
 import stat
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from berth import files, proc
+from berth import files, locks, proc
 from berth.errors import BerthError, StateFormatError
 from support import ROOT
 
 # A writer that dies, as by a power cut, when a step of the write is reached.
 _CRASHER = """
-import os, sys; from pathlib import Path; from berth import files, proc
+import os, sys; from pathlib import Path; from berth import files, locks, proc
 setattr(os, sys.argv[2], lambda *arguments, **options: os._exit(9))
 files.write_atomic(Path(sys.argv[1]), b"new" * 100_000)
 """
@@ -46,13 +47,25 @@ def test_a_crash_leaves_the_old_file(tmp_path: Path, step: str) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_another_writers_partial_file_is_left_alone(tmp_path: Path) -> None:
-    alive, another = tmp_path / "file.1.partial", tmp_path / "file.json.999999999.partial"
-    for path in (alive, another):
-        path.touch()
-    files.write_atomic(tmp_path / "file", b"data")
-    assert alive.exists(), "of a process that lives"
-    assert another.exists(), "of another file"
+def test_writers_take_turns(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    written = [bytes([number]) * 100_000 for number in range(8)]
+    with ThreadPoolExecutor(len(written)) as pool:
+        for _ in range(5):
+            list(pool.map(lambda data: files.write_atomic(path, data), written))
+            assert path.read_bytes() in written
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
+    left, at_work = tmp_path / "old.partial", tmp_path / "new.partial"
+    left.write_bytes(b"half")
+    (tmp_path / "folder.partial").mkdir()
+    (tmp_path / "link.partial").symlink_to(left)
+    with locks.hold(at_work):
+        files.sweep_partials(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["folder.partial", "link.partial", "new.partial"]
+    files.sweep_partials(tmp_path / "absent")
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +81,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_partial_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.write_bytes(b"precious")
-    (tmp_path / f"file.{os.getpid()}.partial").symlink_to(target)
+    (tmp_path / "file.partial").symlink_to(target)
     with pytest.raises(OSError, match="symbolic links"):
         files.write_atomic(tmp_path / "file", b"data")
     assert target.read_bytes() == b"precious"

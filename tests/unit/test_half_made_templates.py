@@ -32,3 +32,12 @@ def test_one_that_is_being_made_stays(layout: Layout, folder: Path) -> None:
     with locks.hold(folder / f"{folder.name}.lock"):
         Machines(layout).prune_templates()
         assert (folder / PARTIAL / "rootfs").exists()
+
+
+@pytest.mark.parametrize("folder", ["templates", "disks"])
+def test_what_a_killed_prune_has_renamed_is_in_nobodys_way(layout: Layout, folder: str) -> None:
+    places = [layout.data / folder / name for name in ("sha256-0123", "sha256-0123.doomed", "sha256-4567.doomed")]
+    for place in places:
+        (place / "rootfs").mkdir(parents=True)
+    Machines(layout).prune_templates()
+    assert not [place for place in places if place.exists()]

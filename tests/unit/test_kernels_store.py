@@ -190,6 +190,7 @@ def test_what_the_killed_left_is_swept(layout: Layout, kernels: Kernels) -> None
     kernels.fetch("amd64", Silent())
     for name in ("fetch.partial", "6.0-amd64.trash", "custom-x.partial"):
         (layout.kernels / name / "lib").mkdir(parents=True)
+    (layout.kernels / "chosen.json.999999999.partial").touch()
     assert [kernel.version for kernel in kernels.list()] == ["6.1.0-5"]
     assert kernels.problems() == []
     kernels.use("6.1.0-5", "amd64")

@@ -12,12 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from berth.errors import StateFormatError
 from berth.layout import Layout
 from berth.names import MachineName
-from berth.net import plan, record
+from berth.net import record
 from berth.net.addresses import plan_address
-from berth.net.network import Network
 from berth.net.processes import Process, end, find_programs, identify, network_namespace, send
 from berth.net.record import Record
 from berth.net.subnet import Subnet
@@ -140,8 +138,9 @@ def test_our_network_namespace() -> None:
     assert network_namespace(GONE.pid) is None
 
 
-def test_network_survives_json() -> None:
-    network = Network("berth0", "10.209.0.1", 42, plan.machine_resolv_conf("", ["10.209.0.1"]), ("no internet",))
-    assert Network.from_json(json.loads(json.dumps(network.to_json()))) == network
-    with pytest.raises(StateFormatError, match="not a network"):
-        Network.from_json({"bridge": "berth0"})
+def test_what_keeps_machines_from_the_internet() -> None:
+    found = Record("boot", notes={"names": "no dnsmasq", "uplink": "no pasta"})
+    assert found.offline == "no pasta"
+    found.notes["forwarding"] = "no routing"  # the first on the way out
+    assert found.offline == "no routing"
+    assert Record("boot", notes={"names": "no dnsmasq", "input": "a firewall"}).offline is None

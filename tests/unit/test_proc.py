@@ -159,3 +159,13 @@ class TestStartTime:
                 assert time.monotonic() < deadline
             assert proc.start_time(process.pid) == before
             process.kill()
+
+
+def test_the_way_to_a_program_is_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"apt-get": Path("/usr/bin/apt-get")}
+    monkeypatch.setattr(proc, "find_program", found.get)
+    with pytest.raises(UnsupportedError, match="crun is not installed") as caught:
+        proc.require_program("crun", package="crun")
+    assert caught.value.hint == "sudo apt-get install crun"
+    found.clear()
+    assert proc.install_command("crun") == "berth system check"

@@ -163,13 +163,6 @@ def test_as_many_shares_as_fit_have_places_of_their_own() -> None:
     assert max(places) == "1e.7"
 
 
-def test_a_folder_by_9p() -> None:
-    vm = dataclasses.replace(BASE, shares=(Share("share0", 40, "9p", read_only=True),))
-    argv = qemu_command(vm)
-    assert "local,id=share0,path=/proc/self/fd/40,security_model=none,multidevs=remap,readonly=on" in argv
-    assert any(word.startswith("virtio-9p-pci,") and "mount_tag=share0" in word for word in argv)
-
-
 def test_nothing_that_is_not_there() -> None:
     vm = dataclasses.replace(BASE, nic=None, modules_fd=None, shares=())
     text = " ".join(qemu_command(vm))

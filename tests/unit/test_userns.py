@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from berth import userns
-from berth.errors import NotFoundError, UnsupportedError
+from berth.errors import DeadlineError, NotFoundError, UnsupportedError
 from berth.userns import Extent, IdMap
 
 
@@ -62,6 +62,11 @@ def test_an_error_inside_arrives_as_what_it_was() -> None:
 
 def _error(name: str, text: str) -> dict[str, object]:
     return {"error": {"class": name, "message": text, "hint": ""}}
+
+
+def test_a_call_has_its_time() -> None:
+    with pytest.raises(DeadlineError, match=r"signal:pause did not finish within 0\.2 s"):
+        userns.call("signal:pause", {}, timeout_s=0.2)
 
 
 def test_enter_command_runs_as_root_inside() -> None:

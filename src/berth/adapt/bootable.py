@@ -55,10 +55,13 @@ def make_bootable(
     in_use: the digests of images that machines use. ahead: may have unpacked the image. Says what was done.
     Raises BerthError, which names the step that failed; then nothing is left of it.
     """
-    facts = inspect(layout, images, image)
+    name = image.reference or image.digest
+    facts = inspect(
+        layout, image.digest, lambda: images.opened_layers(image),
+        lambda: None if ahead is None else ahead.tree(image.digest, name, progress),
+    )  # fmt: skip
     if facts.has_init:
         return Bootable(image, (INIT,))
-    name = image.reference or image.digest
     if mode == "never":
         progress.note(f"{name} has no init and is not adapted: berth's agent is the machine's init")
         return Bootable(image, ())
@@ -155,7 +158,6 @@ def _carry_out(
                 shop.run(step, recipe)
             progress.step(f"adapting {name}: storing the result")
             shop.finish(layer)
-            layer.seek(0)
             base = next(entry for entry in store.entries() if entry.digest == image.digest)
             manifest = derive(
                 store, ingest, dataclasses.replace(base, annotations={}, platform=None), layer,

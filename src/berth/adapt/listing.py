@@ -11,13 +11,9 @@ from typing import NamedTuple
 
 from berth.errors import ImageFormatError
 from berth.oci import tar
-from berth.oci.layer import Limits
+from berth.oci.layer import MERGED, OPAQUE, WHITEOUT, Limits
 from berth.oci.tree import split
 
-_WHITEOUT = b".wh."
-_OPAQUE = b".wh..wh..opq"
-# In a merged system these links stay when a layer has a directory of their name; as in oci.layer.
-_MERGED = frozenset({b"bin", b"sbin", b"lib", b"lib32", b"lib64", b"libx32", b"libo32"})
 _LINKS_MAX = 40  # as the kernel
 _TEXT_MAX = 64 * 1024  # bytes of a file whose text is wanted
 _ENTRIES_MAX = Limits().entries
@@ -81,8 +77,8 @@ class Listing:
         if parent is None or not name:
             return
         path = _join(parent, name)
-        if name.startswith(_WHITEOUT):
-            self._hide(parent if name == _OPAQUE else _join(parent, name[len(_WHITEOUT) :]), opaque=name == _OPAQUE)
+        if name.startswith(WHITEOUT):
+            self._hide(parent if name == OPAQUE else _join(parent, name[len(WHITEOUT) :]), opaque=name == OPAQUE)
             return
         node = self._node(entry, path, reader)
         if node is not None:
@@ -122,7 +118,7 @@ class Listing:
 
     def _stays_link(self, path: bytes) -> bool:
         node = self._nodes.get(path)
-        return node is not None and node.link is not None and path in _MERGED and self._resolve(path) == b"usr/" + path
+        return node is not None and node.link is not None and path in MERGED and self._resolve(path) == b"usr/" + path
 
     def _check_memory(self) -> None:
         if self._taken > _MEMORY_MAX:

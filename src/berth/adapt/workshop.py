@@ -23,16 +23,16 @@ from berth.adapt.recipes import Recipe, Step
 from berth.agent import connect
 from berth.bundle import Bundle
 from berth.config import BootConfig, HostUser, MachineConfig
-from berth.engine.base import Engine, Machine
+from berth.engine.base import Engine, Machine, ensure_template
 from berth.engine.select import engine_for
-from berth.engine.unpacking import Ahead, make_template
+from berth.engine.unpacking import Ahead
 from berth.errors import BerthError, BusyError, DeadlineError
 from berth.files import make_private_directory
 from berth.layout import Layout
 from berth.log import log
 from berth.names import HIDDEN, MachineName
 from berth.net import addresses
-from berth.oci.diff import Digests, layer_of
+from berth.outputs import MemoryOutput
 from berth.progress import Progress, Silent
 from berth.session import run_into
 from berth.units import utc_now
@@ -103,27 +103,25 @@ def workshop(
     machine = Machine(Bundle(layout, name), config, boot, address, has_twin=False)
     engine = engine_for("container", layout)
     try:
-        if not engine.has_template(machine):
-            with images.opened_layers(image) as layers:
-                make_template(engine, machine, layers, config.image_reference, progress, ahead)
+        ensure_template(engine, machine, lambda: images.opened_layers(image), progress, ahead)
         progress.step(f"starting {config.image_reference} to adapt it")
         engine.start(machine, Silent())
-        handicap = find_handicap(engine.find(machine).limits)
-        if handicap:
-            progress.note(handicap)
-        yield Workshop(layout, engine, machine, handicap)
+        offline = engine.find(machine).offline
+        if offline:
+            progress.note(offline)
+        yield Workshop(layout, engine, machine, offline)
     finally:
         _remove(layout, engine, machine)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Workshop:
-    """A running throw-away machine. handicap: why it has no internet, and the cure."""
+    """A running throw-away machine. offline: why it has no internet, and the cure."""
 
     layout: Layout
     engine: Engine
     machine: Machine
-    handicap: str | None = None
+    offline: str | None = None
 
     def run(self, step: Step, recipe: Recipe) -> None:
         """Run one step to its end, as root. Raises StepError."""
@@ -137,51 +135,31 @@ class Workshop:
         try:
             status = run_into(sock, request, tail, timeout_s=_STEP_S)
         except DeadlineError:
-            raise StepError(step, f"did not end within {_STEP_S:g} s", tail.text(), hint=self.handicap) from None
+            raise StepError(step, f"did not end within {_STEP_S:g} s", tail.text(), hint=self.offline) from None
         except BerthError as error:  # it did not start, or the machine ended
             raise StepError(step, "could not be run", error.message) from error
         if status:
-            raise StepError(step, f"ended with status {status}", tail.text(), hint=self.handicap)
+            raise StepError(step, f"ended with status {status}", tail.text(), hint=self.offline)
 
-    def finish(self, out: IO[bytes]) -> Digests:
-        """End the machine and write what was changed in it as a layer."""
+    def finish(self, out: IO[bytes]) -> None:
+        """End the machine and write what was changed in it as a layer to the empty `out`, which then stands at it."""
         self.engine.kill(self.machine)
         self.engine.clean(self.machine)
-        lower = self.layout.template(self.machine.config.image_digest) / "rootfs"
-        return layer_of(self.machine.bundle.upper, out, lower=lower, exclude=_NOT_OURS)
+        self.engine.write_changes(self.machine, out, exclude=_NOT_OURS, live=False, progress=Silent())
 
 
-def find_handicap(limits: Sequence[str]) -> str | None:
-    """Say why a machine can't reach a package mirror, of what its engine says that it lacks."""
-    return next((limit for limit in limits if limit.startswith("no internet")), None)
-
-
-class _Tail:
-    """Keeps the last bytes of what a command writes; see outputs.Output for the methods."""
-
-    is_pending = False
-    error: OSError | None = None
-
-    def __init__(self) -> None:
-        self._data = bytearray()
-
-    def fileno(self) -> int:
-        return -1
+class _Tail(MemoryOutput):
+    """Keeps only the last bytes of what a command writes."""
 
     def write(self, data: memoryview) -> int:
-        self._data += data[-_KEPT:]
-        if len(self._data) > 2 * _KEPT:
-            del self._data[:-_KEPT]
+        self.data += data[-_KEPT:]
+        if len(self.data) > 2 * _KEPT:
+            del self.data[:-_KEPT]
         return len(data)
-
-    def flush(self) -> int:
-        return 0
-
-    def close(self) -> None: ...
 
     def text(self) -> str:
         """Return the last lines, in one."""
-        lines = self._data[-_KEPT:].decode(errors="replace").replace("\r", "\n").splitlines()
+        lines = self.data[-_KEPT:].decode(errors="replace").replace("\r", "\n").splitlines()
         shown = [_ESCAPES.sub("", line).strip()[:_LETTERS] for line in lines]
         return "; ".join([line for line in shown if line][-_LAST_LINES:])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
@@ -95,7 +94,6 @@ def _try_overlay(folder: Path, idmap: userns.IdMap | None) -> None:
 
 def mount_overlay(folder: str) -> bool:
     """Mount and write to an overlay in `folder`, in a mount namespace that ends with us (run by `berth.inside`)."""
-    signal.alarm(_DEADLINE_S)
     userxattr = "" if _is_initial_user_namespace() else ",userxattr"
     syscalls.unshare(syscalls.CLONE_NEWNS)
     syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)

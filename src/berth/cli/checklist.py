@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from berth.cli.main import colour_wanted
+from berth.cli.ending import colour_wanted
 from berth.cli.output import emit, emit_table
 from berth.cli.parser import width
 

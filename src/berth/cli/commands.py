@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from berth.cli.main import EXIT_USAGE, say
+from berth.cli.ending import EXIT_USAGE, say, show_traceback
 from berth.cli.parser import Configure, Handler, Parser
 from berth.errors import InvalidArgumentError
 from berth.version import VERSION
@@ -76,10 +76,9 @@ SYSTEM = (
     Entry("system kernel", "system", "show, fetch and choose the kernels that VMs boot"),
     Entry("completion", "completion", "print the completion script for a shell"),
 )
-HIDDEN = (Entry("__complete", "completion", "say how a command line may go on"),)
 
 _GROUPS = (("Machines", MACHINES), ("Images", IMAGES), ("System", SYSTEM))
-_ALL = (*MACHINES, *IMAGES, *SYSTEM, *HIDDEN)
+_ALL = (*MACHINES, *IMAGES, *SYSTEM)
 NOUNS = {
     "machine": MACHINES,
     "m": MACHINES,
@@ -105,7 +104,7 @@ def find(words: Sequence[str]) -> tuple[Entry, list[str]]:
     if first not in NOUNS:
         if first in spellings:
             return spellings[first], rest
-        raise _unknown(first, [name.split()[0] for name in spellings if not name.startswith("_")] + ["machine"])
+        raise _unknown(first, [name.split()[0] for name in spellings] + ["machine"])
     prefix = "" if first in ("machine", "m") else f"{first} "
     if not rest or rest[0].startswith("-"):
         raise InvalidArgumentError(f"'berth {first}' needs a command", hint=f"berth {first} --help")
@@ -125,7 +124,7 @@ def _unknown(word: str, valid: Sequence[str], *, noun: str = "") -> InvalidArgum
 
 
 def dispatch(words: Sequence[str], *, debug: bool) -> int:
-    """Run the command that `words` name; return its exit status."""
+    """Run the command that `words` name, any but `run` (`main` knows that one); return its exit status."""
     if words[0] in ("--version", "-V", "version"):
         return _print(f"berth {VERSION}")
     if words[0] in ("--help", "-h", "help"):
@@ -136,14 +135,6 @@ def dispatch(words: Sequence[str], *, debug: bool) -> int:
         say(overview(words[0]))
         return EXIT_USAGE
     entry, rest = find(words)
-    if entry.name == "run":
-        from berth.cli import run
-
-        return run.main(rest, debug=debug)
-    if entry in HIDDEN:
-        from berth.cli import complete
-
-        return complete.main(rest)
     parser, handler = build(entry)
     args = parser.parse(rest)
     from berth import log
@@ -156,8 +147,6 @@ def dispatch(words: Sequence[str], *, debug: bool) -> int:
 
 def _debugged(handler: Handler, args: argparse.Namespace) -> int:
     """Show where an error comes from, for a --debug that stands behind the command."""
-    from berth.cli.main import show_traceback
-
     try:
         return handler(args)
     except Exception as error:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from berth.cli.main import show_error
+from berth.cli.ending import show_error
 from berth.cli.output import emit
 from berth.cli.parser import MACHINE, Parser
 from berth.errors import BerthError, InvalidArgumentError

@@ -11,14 +11,15 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 from berth.cli import commands
+from berth.cli import parser as kinds
 from berth.cli.output import emit
-from berth.cli.parser import ASSIGNMENT, DIRECTORY, FILE, IMAGE, MACHINE, Parser
-from berth.config import KEYS
+from berth.cli.parser import Parser
+from berth.config import HOME_MOUNTS, KEYS
 from berth.errors import BerthError
 from berth.layout import Layout
 from berth.names import parse_machine_name
 
-_KEY_VALUES = {"home-mount": ("rw", "ro", "none")}
+_KEY_VALUES = {"home-mount": HOME_MOUNTS}
 
 
 def main(words: Sequence[str]) -> int:
@@ -96,18 +97,18 @@ def _values(parser: Parser, action: argparse.Action, current: str) -> Iterator[s
     if action.dest in parser.choices:
         return iter(parser.choices[action.dest])
     match parser.kinds.get(action.dest):
-        case "machine":
+        case kinds.MACHINE:
             return _machines()
-        case "image":
+        case kinds.IMAGE:
             return _images(current)
-        case "assignment":
+        case kinds.ASSIGNMENT:
             return _assignments(current)
-        case "file":
+        case kinds.FILE:
             return iter((":file",))
-        case "directory":
+        case kinds.DIRECTORY:
             return iter((":directory",))
         case _:
-            return iter(("rw", "ro", "none") if action.dest == "home_mount" else ())
+            return iter(HOME_MOUNTS if action.dest == "home_mount" else ())
 
 
 def _machines() -> Iterator[str]:
@@ -143,6 +144,3 @@ def _assignments(current: str) -> Iterator[str]:
 
 def _matching(current: str, found: Sequence[str] | Iterator[str]) -> Iterator[str]:
     return (item for item in found if item.startswith(current) or item in (":file", ":directory"))
-
-
-__all__ = ["ASSIGNMENT", "DIRECTORY", "FILE", "IMAGE", "MACHINE", "candidates", "main"]

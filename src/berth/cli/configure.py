@@ -6,7 +6,7 @@ import argparse
 import textwrap
 
 from berth.cli import common
-from berth.cli.main import say
+from berth.cli.ending import say
 from berth.cli.output import emit
 from berth.cli.parser import ASSIGNMENT, MACHINE, Handler, Parser, width
 from berth.config import KEYS

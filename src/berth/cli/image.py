@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from berth.cli import common, progress
-from berth.cli.main import say
+from berth.cli.ending import say
 from berth.cli.output import emit, emit_json, emit_table, time_cell, write
 from berth.cli.parser import FILE, IMAGE, Handler, Parser, add_format
 from berth.config import parse_platform
@@ -303,15 +302,16 @@ def _do_save(args: argparse.Namespace) -> int:
             return 0
         if os.isatty(1):
             raise InvalidArgumentError("stdout is a terminal: no archive goes there", hint="berth image save -o FILE")
-        with _temporary_file() as file:
+        with _nameless_file() as file:  # stdout gets all of it, or nothing
             _images().save(args.images, file, progress=shown)
-            _copy_to_stdout(file)
+            file.seek(0)
+            while data := file.read(1 << 20):
+                write(data)
     return 0
 
 
-@contextlib.contextmanager
-def _temporary_file() -> Generator[Path]:
-    """Give a path on a disk that has room for images; what is there at the end is removed."""
+def _nameless_file() -> IO[bytes]:
+    """Open a file on a disk that has room for images; it is gone when it is closed, however we end."""
     import tempfile
 
     from berth.files import make_private_directory
@@ -319,14 +319,7 @@ def _temporary_file() -> Generator[Path]:
 
     cache = Layout.from_environment().cache
     make_private_directory(cache)
-    with tempfile.TemporaryDirectory(dir=cache, prefix="save-") as folder:
-        yield Path(folder) / "image.tar"
-
-
-def _copy_to_stdout(file: Path) -> None:
-    with file.open("rb") as source:
-        while data := source.read(1 << 20):
-            write(data)
+    return tempfile.TemporaryFile(dir=cache)
 
 
 def _import(parser: Parser) -> Handler:

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from berth.cli import progress
-from berth.cli.main import say
+from berth.cli.ending import say
 from berth.cli.output import emit, emit_json, emit_table
 from berth.cli.parser import Handler, Parser, add_format
 from berth.config import parse_platform

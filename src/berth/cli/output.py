@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from berth.cli.main import colour_wanted
+from berth.cli.ending import colour_wanted
 from berth.units import format_size
 
 _COLOURS = {"running": "32", "starting": "33", "stopping": "33", "broken": "31", "ok": "32", "missing": "31",

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Generator
 from typing import TextIO
 
-from berth.cli.main import colour_wanted
+from berth.cli.ending import colour_wanted
 from berth.cli.output import columns as terminal_columns
 from berth.progress import Progress, Silent
 from berth.units import format_size

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from berth.cli import common
-from berth.cli.main import say
+from berth.cli.ending import say
 from berth.cli.parser import Handler, Parser
 from berth.errors import InvalidArgumentError
 from berth.layout import Layout

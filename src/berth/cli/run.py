@@ -16,6 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import _socket
 
+    from berth.session import StartError
     from berth.wire.messages import ExecRequest, TerminalSize
 
 HINT = "berth run --help"
@@ -157,7 +158,7 @@ def main(words: list[str], *, debug: bool) -> int:
         from berth import log
 
         log.configure(debug=True)
-    from berth.cli.main import EXIT_BERTH_FAILED, guarded
+    from berth.cli.ending import EXIT_BERTH_FAILED, guarded
 
     return guarded(lambda: _run(options), debug=debug, failed=EXIT_BERTH_FAILED)
 
@@ -198,11 +199,19 @@ def _talk(options: Options, name: str, connection: _socket.socket) -> int:
             connection, request, stdin_fd=0, stdout_fd=1, stderr_fd=2, tty=request.tty is not None
         )  # fmt: skip
     except session.StartError as error:
-        from berth.cli.main import show_error
-
-        show_error(error)
-        return error.status
+        return _not_started(error, name)
     return _print_name(name) if detach and status == 0 else status
+
+
+def _not_started(error: StartError, name: str) -> int:
+    from berth.cli.ending import EXIT_NOT_FOUND, show_error
+
+    if error.status == EXIT_NOT_FOUND:
+        from berth.cli.missing import install_hint
+
+        error.hint = install_hint(name)
+    show_error(error)
+    return error.status
 
 
 def _print_name(name: str) -> int:
@@ -252,7 +261,7 @@ def _is_kept(name: str) -> bool:
 def _connect_slow(wanted: str | None, options: Options) -> tuple[str, _socket.socket]:
     """Have the machine booted or repaired, saying what happens only to a terminal: stderr is the command's."""
     from berth.cli import progress
-    from berth.cli.main import clean_up_when_terminated
+    from berth.cli.ending import clean_up_when_terminated
     from berth.layout import Layout
     from berth.lifecycle import Machines
 

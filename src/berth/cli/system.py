@@ -7,7 +7,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from berth.cli import checklist, common, kernel, progress
-from berth.cli.main import say, show_error
+from berth.cli.ending import say, show_error
 from berth.cli.output import emit, emit_json, emit_table
 from berth.cli.parser import Handler, Parser, add_format
 from berth.units import format_size

@@ -6,8 +6,9 @@ An engine starts, finds and ends machines; it never decides policy (names, defau
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
+from typing import IO, TYPE_CHECKING, Literal, Protocol
 
 from berth.bundle import Bundle
 from berth.config import BootConfig, MachineConfig
@@ -16,7 +17,7 @@ from berth.net.addresses import Address
 from berth.progress import Progress
 
 if TYPE_CHECKING:
-    from berth.engine.unpacking import Ahead
+    from berth.engine.unpacking import Ahead, Layers
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,7 +37,8 @@ class Liveness:
 
     state: `broken` means that its processes live, yet the agent does not answer. init_pid: the container's process 1
     as the host sees it; vmm_pid: the VM's QEMU. kernel: the release of a VM's own. started: RFC 3339 UTC.
-    limits: what the host could not limit or offer, in words. problems: what is wrong with it now, in words.
+    limits: what the host could not limit or offer, in words; offline: why it has no internet, when that is known.
+    problems: what is wrong with it now, in words.
     """
 
     state: Literal["stopped", "running", "broken"]
@@ -47,6 +49,7 @@ class Liveness:
     problems: tuple[str, ...] = ()
     started: str | None = None
     limits: tuple[str, ...] = ()
+    offline: str | None = None
 
 
 STOPPED = Liveness("stopped")
@@ -63,9 +66,7 @@ class Engine(Protocol):
         """Say whether the machine's image has been unpacked for this engine."""
         ...
 
-    def make_template(
-        self, machine: Machine, layers: Sequence[tuple[int, str]], progress: Progress, ahead: Ahead | None = None
-    ) -> None:
+    def make_template(self, machine: Machine, layers: Layers, progress: Progress, ahead: Ahead | None = None) -> None:
         """Unpack the image's `layers` (open blob descriptor, media type; bottom first) once; idempotent, atomic.
 
         ahead: may have done so already, or be at it.
@@ -103,6 +104,17 @@ class Engine(Protocol):
         """End the machine at once."""
         ...
 
+    def write_changes(
+        self, machine: Machine, out: IO[bytes], *, exclude: Collection[str], live: bool, progress: Progress
+    ) -> None:
+        """Write what the machine has changed since its image, as a layer, to the empty `out`, which then stands at it.
+
+        exclude: paths below the root, which are left out. A machine that runs stands still meanwhile; live: not for the
+        sake of single files, which may be torn then. The caller holds the machine's start lock.
+        Raises InvalidStateError when it can't be kept still.
+        """
+        ...
+
     def end_stray(self, name: MachineName) -> None:
         """End what runs under the name of a machine whose bundle can't be read, as far as it is this engine's."""
         ...
@@ -110,3 +122,22 @@ class Engine(Protocol):
     def clean(self, machine: Machine) -> None:
         """Remove what a stopped machine left in the runtime directory, the cgroups and the network; idempotent."""
         ...
+
+
+def ensure_template(
+    engine: Engine,
+    machine: Machine,
+    layers: Callable[[], AbstractContextManager[Layers]],
+    progress: Progress,
+    ahead: Ahead | None = None,
+) -> None:
+    """Have the image of a machine unpacked for its engine, and say so as far as there is still something to do.
+
+    layers: opens those of the image, for a block.
+    """
+    if engine.has_template(machine):
+        return
+    if ahead is None or not ahead.is_whole(machine.config.image_digest):
+        progress.step(f"unpacking {machine.config.image_reference}")
+    with layers() as opened:
+        engine.make_template(machine, opened, progress, ahead)

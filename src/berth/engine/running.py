@@ -23,12 +23,12 @@ from berth.config import HostUser
 from berth.engine.base import Machine
 from berth.errors import BerthError, BootError, DeadlineError
 from berth.layout import Layout
-from berth.proc import start_time
+from berth.proc import spawn, start_time
 from berth.progress import Progress
 
 _KEEPER_S = 2.0
 _LAST_LINES = 3
-_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x20-\x7e\n]")  # nothing of a guest's reaches a terminal as it is
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x20-\x7e\n]")  # nothing of a guest's reaches a terminal as it is
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ def last_words(machine: Machine) -> str:
         text = machine.bundle.console_log.read_bytes()[-4096:].decode(errors="replace")
     except OSError:
         return ""
-    this_boot = _ESCAPES.sub("", text.rpartition("-- boot ")[2].partition("\n")[2])
+    this_boot = ESCAPES.sub("", text.rpartition("-- boot ")[2].partition("\n")[2])
     return "; ".join([line.strip()[:200] for line in this_boot.splitlines() if line.strip()][-_LAST_LINES:])
 
 
@@ -161,6 +161,18 @@ def make_covers(sources: Mapping[Path, bool]) -> None:
             source.mkdir(mode=0o700, exist_ok=True)
         else:
             source.touch(mode=0o600)
+
+
+def start_keeper(machine: Machine, agent: Path, words: Sequence[str], *, pass_fds: Sequence[int] = ()) -> None:
+    """Start the machine's keeper, which outlives us. words: what of its command line is the engine's own."""
+    bundle, loopback = machine.bundle, machine.address.loopback
+    bundle.logs.mkdir(mode=0o700, exist_ok=True)
+    live = bundle.layout.live(bundle.name)
+    argv = [str(agent), "keeper", "--dir", str(live), "--log", str(bundle.console_log), *words]
+    if os.geteuid() != 0 and loopback:
+        argv += ["--forward", loopback]
+    keeper = spawn(argv, pass_fds=pass_fds, new_session=True)
+    keeper.returncode = 0  # not ours to wait for
 
 
 def keeper_pid(layout: Layout, machine: Machine) -> int | None:
@@ -214,6 +226,11 @@ def boot_document(machine: Machine, *, nameserver_text: str, init: Sequence[str]
         "env": list(boot.env),
         "init": list(init),
     }
+
+
+def text(value: object) -> str | None:
+    """Read a text from a document; None for anything else."""
+    return value if isinstance(value, str) else None
 
 
 def texts(value: object) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """An image's files in a directory, the beginning of every template: from all its layers, or ahead of the last. Layer 3.
 
-The engines call `unpack`. Ahead means while later layers still download: `lifecycle.create` makes an `Ahead`, which the
-pull tells of each layer that is whole and verified, and which hands its tree to the engine once the image is stored.
+The engines call `unpack`; `adapt` looks into what is unpacked. Ahead means while later layers still download:
+`lifecycle.create` makes an `Ahead`, which the pull tells of each layer that is whole and verified, and which hands its
+tree to the engine once the image is stored.
 It changes when the work is done, and nothing else: where there is none, or it has given up, `unpack` does all of it.
 
     unpacking/ID/rootfs    a tree that is being made; nobody's template until an engine takes it
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from berth import locks, trees, userns
-from berth.engine.base import Engine, Machine
 from berth.errors import BerthError, BusyError
 from berth.files import make_private_directory
 from berth.layout import Layout
@@ -38,13 +38,10 @@ _LAYERS_MAX = 256  # each that waits for its turn is an open descriptor; docker 
 _ROOM = 8
 
 
-def make_template(
-    engine: Engine, machine: Machine, layers: Layers, name: str, progress: Progress, ahead: Ahead | None = None
-) -> None:
-    """Have the engine make the template of the image `name`, and say so as far as there is still something to do."""
-    if ahead is None or not ahead.is_whole(machine.config.image_digest):
-        progress.step(f"unpacking {name}")
-    engine.make_template(machine, layers, progress, ahead)
+def find_unpacked(layout: Layout, digest: str) -> Path | None:
+    """Find the files of an image that the container engine has unpacked and keeps; ours to read only."""
+    template = layout.template(digest)
+    return template / "rootfs" if (template / "template.json").exists() else None
 
 
 def unpack(place: Path, digest: str, layers: Layers, progress: Progress, ahead: Ahead | None = None) -> None:
@@ -140,6 +137,17 @@ class Ahead:
         """Say whether all of this image has been unpacked."""
         with self._changed:
             return self._digest == digest and self._finished == len(self._layers) and not self._stopped
+
+    def tree(self, digest: str, name: str, progress: Progress) -> int | None:
+        """Give the directory with the files of the image `name`, open until `close`, once all are there.
+
+        None when it is not at that image. Raises what unpacking it raised.
+        """
+        if self._digest != digest:
+            return None
+        if not self.is_whole(digest):
+            progress.step(f"unpacking {name}")
+        return self._root if self._wait(progress) else None
 
     def take(self, digest: str, place: Path, progress: Progress) -> bool:
         """Rename the tree to `place` (absent or empty) once it is whole; False when there is none of this image.

@@ -29,7 +29,6 @@ from berth.proc import Completed, find_program, run
 from berth.progress import Progress
 
 _LISTS = Path("/var/lib/apt/lists")
-_OS_RELEASE = Path("/etc/os-release")
 _UPDATE_S = 300.0
 _DOWNLOAD_S = 1800.0
 _NOT_FOUND = (0, 100)  # apt-cache's status for a package it does not know
@@ -113,10 +112,10 @@ def _sources() -> list[AptSource]:
     """Choose the distribution's own archive among the system's sources; all of them where it can't be told."""
     everything = read_apt_sources()
     try:
-        names = host.parse_os_release(_OS_RELEASE.read_text(errors="replace"))
+        names = host.os_release()
         suite = names.get("VERSION_CODENAME", "")
         return plan_sources(parse_recipe(f"{names.get('ID', '')}/{suite}"), everything, suite)
-    except (BerthError, OSError):
+    except BerthError:
         return everything
 
 

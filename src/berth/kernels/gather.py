@@ -1,4 +1,4 @@
-"""What a source of kernels hands over, and the rule of what is taken from it. Used by `apt`, `host` and `build`."""
+"""What a source of kernels hands over, and the rule of what is taken from it. Used by `apt`, `running` and `build`."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from typing import IO, Literal, cast
 
 from berth.errors import BerthError, InvalidArgumentError, UnsupportedError
 from berth.oci import stream
-from berth.proc import find_program, spawn
+from berth.proc import find_program, install_command, spawn
 
 Kind = Literal["bzimage", "elf", "image"]
 
@@ -285,7 +285,7 @@ def _decompressed(fd: int) -> Iterator[bytes]:
 def _unlz4(fd: int) -> Generator[bytes]:
     """Run lz4: the standard library has none, and in Python it would take minutes."""
     if find_program("lz4") is None:
-        raise UnsupportedError("it is compressed with lz4", hint="sudo apt-get install lz4")
+        raise UnsupportedError("it is compressed with lz4", hint=install_command("lz4"))
     os.lseek(fd, 0, os.SEEK_SET)
     with spawn(["lz4", "-dcq"], stdin=fd, stdout=-1, stderr=-1) as process:  # -1 is PIPE
         stdout, stderr = cast("IO[bytes]", process.stdout), cast("IO[bytes]", process.stderr)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from berth.errors import BerthError, ImageFormatError
-from berth.files import make_private_directory, write_atomic
+from berth.files import make_private_directory, sweep_partials, write_atomic
 from berth.kernels import cpio
 from berth.kernels.model import Kernel
 from berth.kernels.modules import EARLY, LATER, load_index, module_name
@@ -113,12 +113,4 @@ def _sweep(folder: Path) -> None:
             found.append((path.stat().st_mtime, path))
     for _, path in sorted(found, reverse=True)[_KEPT:]:
         path.unlink(missing_ok=True)
-    for left in folder.glob("*.partial"):
-        if not _is_being_written(left):
-            left.unlink(missing_ok=True)
-
-
-def _is_being_written(partial: Path) -> bool:
-    """Say whether the process that writes it (its id is in the name) lives."""
-    pid = partial.name.split(".")[-2]
-    return pid.isdecimal() and os.path.exists(f"/proc/{pid}")
+    sweep_partials(folder)

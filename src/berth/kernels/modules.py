@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 # Before the root file system can be mounted …
 EARLY = ("virtio_pci", "virtio_blk", "ext4", "virtio_console")
 # … and what can wait until then. What else the guest wants, it loads by itself from the modules disk.
-LATER = ("virtiofs", "virtio_net", "virtio_balloon", "virtio_rng", "9p", "9pnet_virtio")
+LATER = ("virtiofs", "virtio_net", "virtio_balloon", "virtio_rng")
 
 _SUFFIX = re.compile(r"\.ko(?:\.(?:gz|xz|zst))?$")
 

@@ -299,7 +299,11 @@ def _discard(lock: StoreLock, path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
+    """Remove a folder, or what is left of a file that was being written; absent is fine."""
     import shutil
 
     with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(path)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -24,7 +24,7 @@ from berth.net.addresses import bridge_name
 from berth.net.processes import Process, end, find_programs, identify
 from berth.net.record import Record
 from berth.net.subnet import Subnet
-from berth.proc import find_program, run
+from berth.proc import find_program, install_command, run
 
 RESOLV_CONF = Path("/etc/resolv.conf")
 _TUN = "/dev/net/tun"
@@ -198,9 +198,8 @@ class Assembly:
 
     def _start_dnsmasq(self, upstream: plan.Upstream) -> str | None:
         if find_program("dnsmasq") is None:
-            return (
-                "machines can't find each other by name: dnsmasq is not installed (sudo apt-get install dnsmasq-base)"
-            )
+            how = install_command("dnsmasq-base")
+            return f"machines can't find each other by name: dnsmasq is not installed ({how})"
         pid_file = dnsmasq_pid_file(self._layout)
         hosts = self._layout.hub_hosts
         user = pwd.getpwuid(os.getuid()).pw_name if self._user else _dnsmasq_user(hosts)
@@ -311,7 +310,7 @@ def _read_pid(path: Path) -> Process | None:
 
 def _uplink_missing() -> str | None:
     if find_program("pasta") is None:
-        return "pasta is not installed (sudo apt-get install passt)"
+        return f"pasta is not installed ({install_command('passt')})"
     try:
         os.close(os.open(_TUN, os.O_RDWR | os.O_CLOEXEC))
     except FileNotFoundError:

@@ -13,7 +13,7 @@ from berth.errors import BerthError
 from berth.log import log
 from berth.net import plan
 from berth.net.subnet import Subnet
-from berth.proc import find_program, run
+from berth.proc import find_program, install_command, run
 
 Inside = Callable[[Sequence[str]], list[str]]
 _DEADLINE_S = 10.0
@@ -26,7 +26,7 @@ def apply_rules(bridge: str, table: str, subnet: Subnet, inside: Inside, *, hub:
     inside: turns an argv into one that runs in the bridge's namespace. hub: that is a user's own.
     """
     if find_program("nft") is None:
-        missing = "nft is not installed (sudo apt-get install nftables)"
+        missing = f"nft is not installed ({install_command('nftables')})"
         return {
             "nat": f"no internet in machines: {missing}",
             "guard": f"machines are not kept from using each other's addresses: {missing}",

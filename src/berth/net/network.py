@@ -4,7 +4,7 @@ For root: a bridge in the host's namespace, NAT by nftables, names by dnsmasq. F
 *hub*, a user and network namespace of the user's own, with one pasta as the way out. There is no daemon that watches:
 every call of `ensure` finds out what lives and puts right what does not.
 
-The order for a machine: `addresses.allocate` once; then, for each start, `ensure`, `publish`, `attach` (inside),
+The order for a machine: `addresses.allocate` once; then, for each start, `ensure`, `publish`, `attach.attach` (inside),
 `publish` with its pid; `withdraw` when it has stopped.
 """
 
@@ -17,15 +17,13 @@ import signal
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 from berth import locks
-from berth.errors import BerthError, InvalidStateError, StateFormatError
+from berth.errors import BerthError, InvalidStateError
 from berth.files import make_private_directory
 from berth.layout import Layout
 from berth.names import MachineName
 from berth.net import addresses, firewall, hub, record
-from berth.net import attach as cable
 from berth.net.addresses import Address
 from berth.net.assembly import Assembly, exists, find_dnsmasq, stop_dnsmasq, stop_pasta
 from berth.net.plan import DOMAIN, table_name
@@ -40,7 +38,8 @@ class Network:
     """What a machine needs to know of the network.
 
     bridge: its name, in the host's namespace, or in that of the process `holder_pid`, whose user and network namespaces
-    the launcher enters (None for root). resolv_conf: the text for machines. notes: what is missing, in words.
+    the launcher enters (None for root). resolv_conf: the text for machines. notes: what is missing, in words; offline:
+    which of that keeps machines from the internet.
     """
 
     bridge: str
@@ -48,23 +47,7 @@ class Network:
     holder_pid: int | None
     resolv_conf: str
     notes: tuple[str, ...]
-
-    @classmethod
-    def from_json(cls, document: object) -> Network:
-        """Rebuild what `to_json` made. Raises StateFormatError."""
-        match document:
-            case {
-                "bridge": str(bridge), "gateway": str(gateway), "holder_pid": int() | None as holder,
-                "resolv_conf": str(text), "notes": list(),
-            }:  # fmt: skip
-                notes = cast("dict[str, list[object]]", document)["notes"]
-                return cls(bridge, gateway, holder, text, tuple(str(note) for note in notes))
-            case _:
-                raise StateFormatError(f"not a network: {document!r:.80}")
-
-    def to_json(self) -> dict[str, object]:
-        """Say it in JSON, for a process inside the namespaces."""
-        return {**dataclasses.asdict(self), "notes": list(self.notes)}
+    offline: str | None = None
 
 
 def ensure(layout: Layout, *, holder: Sequence[str] = ()) -> Network:
@@ -87,16 +70,9 @@ def ensure(layout: Layout, *, holder: Sequence[str] = ()) -> Network:
     process = assembly.record.holder
     notes = tuple(text for _, text in sorted(assembly.record.notes.items()))
     return Network(
-        assembly.bridge, subnet.gateway, process.pid if process else None, assembly.resolv_conf(), notes
+        assembly.bridge, subnet.gateway, process.pid if process else None, assembly.resolv_conf(), notes,
+        assembly.record.offline,
     )  # fmt: skip
-
-
-def attach(network: Network, address: Address, pid: int) -> None:
-    """Hang the network namespace of `pid` on the bridge; called where the bridge is, by its root.
-
-    Idempotent; on failure nothing is left. Raises CommandError.
-    """
-    cable.attach(network.bridge, address, pid)
 
 
 def publish(layout: Layout, name: MachineName, address: Address, pid: int | None = None, *, tap: bool = False) -> None:

@@ -18,7 +18,7 @@ from berth.net.addresses import Address
 from berth.net.assembly import RESOLV_CONF, read_text
 from berth.net.processes import Process, identify
 from berth.net.subnet import format_ip, parse_ip
-from berth.proc import find_program, run
+from berth.proc import find_program, install_command, run
 
 _START_S = 10.0
 # From this one on (Debian 13) passt drops what a guest sends to 127.0.0.0/8 and 0.0.0.0; that of early 2023 (Debian 12)
@@ -51,7 +51,7 @@ def open_uplink(address: Address, folder: Path, why: str) -> Uplink:
     """
     passt = find_program("passt")
     if passt is None:
-        return _qemu(address, f"{why}, and passt is not installed (sudo apt-get install passt)")
+        return _qemu(address, f"{why}, and passt is not installed ({install_command('passt')})")
     try:
         return start_passt(address, folder, why)
     except BerthError as error:

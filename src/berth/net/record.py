@@ -21,6 +21,7 @@ from berth.net.addresses import Address
 from berth.net.processes import Process, identify
 
 SCHEMA = 1
+_WAY_OUT = ("forwarding", "nat", "uplink", "forward")  # the parts without which nothing gets out
 
 
 @dataclasses.dataclass(slots=True)
@@ -48,6 +49,11 @@ class Record:
 
     def copy(self) -> Record:
         return dataclasses.replace(self, notes=dict(self.notes))
+
+    @property
+    def offline(self) -> str | None:
+        """Why machines can't reach the internet, in words; None when nothing is known to be in the way."""
+        return next((self.notes[part] for part in _WAY_OUT if part in self.notes), None)
 
 
 def load(layout: Layout) -> Record:

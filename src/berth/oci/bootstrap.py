@@ -19,6 +19,7 @@ from typing import IO
 
 from berth import userns
 from berth.errors import BerthError, CommandError, InvalidArgumentError, UnsupportedError
+from berth.host import os_release
 from berth.names import parse_reference
 from berth.oci import spec
 from berth.oci.aptsources import AptSource, read_apt_sources
@@ -240,21 +241,11 @@ def _check_programs(platform: Platform | None) -> None:
 
 
 def _host_codename() -> str:
-    return _os_release().get("VERSION_CODENAME", "")
+    return os_release().get("VERSION_CODENAME", "")
 
 
 def _is_family(distribution: str) -> bool:
-    return _os_release().get("ID") == distribution
-
-
-def _os_release() -> Mapping[str, str]:
-    """Read os-release(5)."""
-    try:
-        lines = Path("/etc/os-release").read_text().splitlines()
-    except OSError:
-        return {}
-    pairs = (line.partition("=") for line in lines if "=" in line)
-    return {key: value.strip("\"'") for key, _, value in pairs}
+    return os_release().get("ID") == distribution
 
 
 def _host_apt() -> Mapping[str, str]:

@@ -32,13 +32,12 @@ from berth import rooted, userns
 from berth.errors import BerthError, ImageFormatError
 from berth.oci import tar
 from berth.oci.digest import Digest, parse_digest
+from berth.oci.layer import OPAQUE, WHITEOUT
 from berth.oci.tarwriter import END, Member, encode_member, padding
 from berth.userns import Extent, IdMap
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_WHITEOUT = b".wh."
-_OPAQUE = b".wh..wh..opq"
 _MARKS = ("trusted.overlay.", "user.overlay.")
 _CAPABILITY = "security.capability"
 _ACLS = ("system.posix_acl_access", "system.posix_acl_default")
@@ -182,7 +181,7 @@ class _Layer:
                 below = path + b"/" + name if path else name
                 if below in self._exclude:
                     continue
-                if name.startswith(_WHITEOUT):
+                if name.startswith(WHITEOUT):
                     self._left_out += 1
                 elif name in own:
                     assert upper is not None
@@ -209,7 +208,7 @@ class _Layer:
                 below = self._redirected(path, origin, redirect)
             self._directory(path, fd)
             if not complete and (redirect is not None or is_opaque) and self._hides(origin, name):
-                self._whiteout(path + b"/" + _OPAQUE, marker=True)
+                self._whiteout(path + b"/" + OPAQUE, marker=True)
             self.walk(path, fd, below, complete=complete or redirect is not None, depth=depth + 1)
         finally:
             os.close(fd)
@@ -289,7 +288,7 @@ class _Layer:
 
     def _whiteout(self, path: bytes, *, marker: bool = False) -> None:
         head, _, name = path.rpartition(b"/")
-        hidden = path if marker else _join(head, _WHITEOUT + name)
+        hidden = path if marker else _join(head, WHITEOUT + name)
         self._whiteouts += 1
         self._add(Member(hidden, tar.FILE, 0, 0, 0, 0, 0))
 

@@ -1,4 +1,4 @@
-"""Check a layer that a guest has made, before it is stored. Owns what may be in one; layer 2, `commit` calls it.
+"""Check a layer that a guest has made, before it is stored. Owns what may be in one; layer 2; the VM engine calls it.
 
 The rules are those by which a layer is applied (`layer`, `tree`, `tar`), so that a machine can't put an image into the
 store that nothing can be made from; and nothing may be in it that was to be left out. Memory is bounded by the number
@@ -11,12 +11,10 @@ from collections.abc import Collection
 
 from berth.errors import ImageFormatError
 from berth.oci import tar
-from berth.oci.layer import Limits
+from berth.oci.layer import OPAQUE, WHITEOUT, Limits
 from berth.oci.stream import ByteStream, FileChunks
 from berth.oci.tree import split
 
-_WHITEOUT = b".wh."
-_OPAQUE = b".wh..wh..opq"
 _MEMORY_MAX = 256 * 1024 * 1024  # bytes; a million files of several names, which is what `diff` remembers
 _NAME = 100  # bytes that a name takes here, besides its letters
 
@@ -59,9 +57,9 @@ class _Checker:
         *folders, name = path.split(b"/")
         if not name:
             raise ImageFormatError("it is the root itself")
-        if any(folder.startswith(_WHITEOUT) for folder in folders):
+        if any(folder.startswith(WHITEOUT) for folder in folders):
             raise ImageFormatError("a directory has the name of a whiteout")
-        if name.startswith(_WHITEOUT):
+        if name.startswith(WHITEOUT):
             name = self._hidden(name, entry)
         self._check_place(folders, name)
         if entry.kind == tar.FILE and entry.size > self._limits.size:
@@ -90,10 +88,10 @@ class _Checker:
         """Return the name that a whiteout hides; an opaque directory's is the directory's own business."""
         if entry.kind != tar.FILE or entry.size:
             raise ImageFormatError("a whiteout that is no empty file")
-        if name == _OPAQUE:
+        if name == OPAQUE:
             return b""
-        hidden = name.removeprefix(_WHITEOUT)
-        if hidden in (b"", b".", b"..") or hidden.startswith(_WHITEOUT):
+        hidden = name.removeprefix(WHITEOUT)
+        if hidden in (b"", b".", b"..") or hidden.startswith(WHITEOUT):
             raise ImageFormatError("a whiteout hides no valid name")
         return hidden
 

@@ -24,8 +24,9 @@ from berth.units import GIB
 
 Devices = Literal["make", "skip"]
 
-_WHITEOUT = b".wh."
-_OPAQUE = b".wh..wh..opq"
+# Source: layer.md, "Whiteouts", "Opaque Whiteout".
+WHITEOUT = b".wh."
+OPAQUE = b".wh..wh..opq"
 _AUFS = b".wh..wh."  # metadata of docker's first storage driver
 _NO_FOLLOW = os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW
@@ -33,7 +34,7 @@ _HOLE = 64 * 1024  # bytes of zeros, aligned, that become a hole
 _ZEROS = bytes(_HOLE)
 _TIME_MAX_NS = 2**62  # the year 2116: clocks beyond it are no use, and every file system's limits are further
 # Source: systemd's "The Case for the /usr Merge"; in a merged system these links are what /bin/sh and ld.so hang on.
-_MERGED = frozenset({b"bin", b"sbin", b"lib", b"lib32", b"lib64", b"libx32", b"libo32"})
+MERGED = frozenset({b"bin", b"sbin", b"lib", b"lib32", b"lib64", b"libx32", b"libo32"})
 _XATTRS = (b"user.", b"security.capability", b"system.posix_acl_access", b"system.posix_acl_default")
 _OVERLAY = (b"user.overlay.", b"trusted.overlay.")
 # What setxattr says when a file system or a user namespace can't hold an attribute.
@@ -157,7 +158,7 @@ class _Layer:
         if path.startswith(b"dev/"):
             self._report.dev_skipped += 1
             return
-        if _WHITEOUT in path and self._apply_whiteout(path):
+        if WHITEOUT in path and self._apply_whiteout(path):
             return
         if not path:
             self._apply_root(entry)
@@ -184,17 +185,17 @@ class _Layer:
     def _apply_whiteout(self, path: bytes) -> bool:
         """Apply `path` if it is a whiteout; say whether it was (or is to be left out)."""
         head, _, name = path.rpartition(b"/")
-        if any(part.startswith(_AUFS) for part in path.split(b"/")) and name != _OPAQUE:
+        if any(part.startswith(_AUFS) for part in path.split(b"/")) and name != OPAQUE:
             return True
-        if any(part.startswith(_WHITEOUT) for part in head.split(b"/")):
+        if any(part.startswith(WHITEOUT) for part in head.split(b"/")):
             raise ImageFormatError("a directory has the name of a whiteout")
-        if not name.startswith(_WHITEOUT):
+        if not name.startswith(WHITEOUT):
             return False
         self._report.whiteouts += 1
-        if name == _OPAQUE:
+        if name == OPAQUE:
             self._opaque(head)
         else:
-            self._whiteout(path, name.removeprefix(_WHITEOUT))
+            self._whiteout(path, name.removeprefix(WHITEOUT))
         return True
 
     def _whiteout(self, path: bytes, hidden: bytes) -> None:
@@ -240,7 +241,7 @@ class _Layer:
             os.mkdir(name, 0o700, dir_fd=place.fd)
         except FileExistsError:
             mode = os.stat(name, dir_fd=place.fd, follow_symlinks=False).st_mode
-            if stat.S_ISLNK(mode) and path in _MERGED and self._leads_into_usr(path):
+            if stat.S_ISLNK(mode) and path in MERGED and self._leads_into_usr(path):
                 self._merged.add(path)
                 return
             if not stat.S_ISDIR(mode):

@@ -22,14 +22,14 @@ from berth.oci.store import LAYOUT_VERSION, writing
 
 
 def save_archive(
-    path: Path,
+    target: Path | IO[bytes],
     images: Sequence[tuple[Descriptor, str | None]],
     blobs: Mapping[Digest, int],
     progress: Callable[[int, int | None], None],
 ) -> None:
     """Write manifests, each with its reference, and all `blobs` (open descriptors); same images, same bytes.
 
-    progress: told bytes. Raises BerthError when it can't be written; then `path` is as before.
+    progress: told bytes. Raises BerthError when it can't be written; then a path is as before.
     """
     total = sum(os.fstat(fd).st_size for fd in blobs.values())
     done = 0
@@ -44,8 +44,8 @@ def save_archive(
     ]
     index: dict[str, object] = {"schemaVersion": 2, "mediaType": spec.INDEX, "manifests": manifests}
     with (
-        writing(path),
-        _replacing(path) as file,
+        writing(target if isinstance(target, Path) else "the archive"),
+        _replacing(target) if isinstance(target, Path) else contextlib.nullcontext(target) as file,
         tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as tar,
     ):
         _add(tar, "oci-layout", spec.encode_json({"imageLayoutVersion": LAYOUT_VERSION}))

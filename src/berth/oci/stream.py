@@ -22,7 +22,7 @@ from typing import IO, Protocol, cast
 
 from berth.errors import ImageFormatError, UnsupportedError
 from berth.oci.digest import Digest
-from berth.proc import find_program, spawn
+from berth.proc import find_program, install_command, spawn
 
 CHUNK = 1024 * 1024
 _XZ_MEMORY = 1024**3  # bytes; xz -9 needs 65 MiB, a hostile header may ask for 4 GiB
@@ -275,7 +275,7 @@ def _decompress(make: Callable[[], _Decompressor], chunks: Iterator[bytes], wher
 
 def _zstd_program(fd: int, where: str, consumed: Callable[[int], None]) -> Generator[bytes]:
     if find_program("zstd") is None:
-        raise UnsupportedError(f"{where} is compressed with zstd", hint="sudo apt-get install zstd")
+        raise UnsupportedError(f"{where} is compressed with zstd", hint=install_command("zstd"))
     size = os.fstat(fd).st_size
     os.lseek(fd, 0, os.SEEK_SET)
     with spawn(["zstd", "-dcq"], stdin=fd, stdout=-1, stderr=-1) as process:  # -1 is PIPE

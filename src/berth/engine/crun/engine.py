@@ -10,11 +10,10 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import socket
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import IO, cast
 
 from berth import files, locks, trees, userns
 from berth.agent import AgentClient, connect
@@ -32,24 +31,23 @@ from berth.engine.running import (
     keeper_pid,
     listening,
     make_covers,
+    start_keeper,
+    text,
     texts,
 )  # fmt: skip
-from berth.engine.unpacking import Ahead, unpack
+from berth.engine.unpacking import Ahead, Layers, find_unpacked, unpack
 from berth.errors import BerthError, BusyError, DeadlineError, StateFormatError
 from berth.layout import Layout
 from berth.log import log
 from berth.names import MachineName
 from berth.net.network import Network, ensure, publish, withdraw
-from berth.proc import require_program, spawn
+from berth.proc import require_program
 from berth.progress import Progress
 from berth.units import utc_now
 
 _READY_S = 60.0
 _KILL_S = 10.0
-_KEEPER_S = 2.0
 _SCHEMA = 1
-_LAST_LINES = 3
-_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x20-\x7e\n]")  # nothing of a guest's reaches a terminal as it is
 _INOTIFY = Path("/proc/sys/fs/inotify/max_user_instances")
 _INOTIFY_ENOUGH = 1024  # an init with its services takes about ten; all machines of root count as root's
 _NO_SERVICES = (
@@ -69,6 +67,7 @@ class _Record:
     started: str
     cgroups: tuple[str, ...]
     limits: tuple[str, ...]
+    offline: str | None = None
 
 
 class ContainerEngine:
@@ -84,11 +83,9 @@ class ContainerEngine:
     # Templates ----------------------------------------------------------------------------------------------------
 
     def has_template(self, machine: Machine) -> bool:
-        return (self._layout.template(machine.config.image_digest) / "template.json").exists()
+        return find_unpacked(self._layout, machine.config.image_digest) is not None
 
-    def make_template(
-        self, machine: Machine, layers: Sequence[tuple[int, str]], progress: Progress, ahead: Ahead | None = None
-    ) -> None:
+    def make_template(self, machine: Machine, layers: Layers, progress: Progress, ahead: Ahead | None = None) -> None:
         digest = machine.config.image_digest
         template = self._layout.template(digest)
         files.make_private_directory(self._layout.data)
@@ -145,7 +142,7 @@ class ContainerEngine:
         agent = find_agent(self._layout)
         with self._listener(machine) as listener, listening(live / "console.sock") as console:
             publish(self._layout, machine.config.name, machine.address)
-            self._start_keeper(machine, agent, console=console.fileno())
+            start_keeper(machine, agent, ["--console-fd", str(console.fileno())], pass_fds=[console.fileno()])
             try:
                 self._launch(machine, agent, idmap, placement, network, listener)
                 await_agent(machine, progress, _READY_S)
@@ -167,21 +164,6 @@ class ContainerEngine:
         """Bind the agent's socket: connects queue in it until the agent answers, so nobody has to poll."""
         with listening(self._layout.agent_socket(machine.config.name), keep=True) as sock:
             yield sock
-
-    def _start_keeper(
-        self, machine: Machine, agent: Path, *, console: int | None = None, pid: int | None = None
-    ) -> None:
-        live = self._layout.live(machine.config.name)
-        machine.bundle.logs.mkdir(mode=0o700, exist_ok=True)
-        argv = [str(agent), "keeper", "--dir", str(live), "--log", str(machine.bundle.console_log)]
-        if console is not None:
-            argv += ["--console-fd", str(console)]
-        if pid is not None:
-            argv += ["--pid", str(pid)]
-        if not self._root and machine.address.loopback:
-            argv += ["--forward", machine.address.loopback]
-        keeper = spawn(argv, pass_fds=[] if console is None else [console], new_session=True)
-        keeper.returncode = 0  # it outlives us; not ours to wait for
 
     def _launch(
         self,
@@ -217,6 +199,7 @@ class ContainerEngine:
                 record = {
                     "pid": pid, "startTime": ticks, "started": utc_now(),
                     "cgroups": list(texts(made)), "limits": [*placement.missing, *network.notes],
+                    "offline": network.offline,
                 }  # fmt: skip
                 files.save_json(self._record_path(machine), record, schema=_SCHEMA)
                 publish(self._layout, machine.config.name, machine.address, pid)
@@ -236,6 +219,7 @@ class ContainerEngine:
             keeper_pid=keeper_pid(self._layout, machine),
             started=record.started,
             limits=record.limits,
+            offline=record.offline,
         )
 
     def _record_path(self, machine: Machine) -> Path:
@@ -251,8 +235,8 @@ class ContainerEngine:
             return None
         match document:
             case {"pid": int(pid), "startTime": int(ticks), "started": str(started)}:
-                made, limits = document.get("cgroups"), document.get("limits")
-                return _Record(Process(pid, ticks), started, texts(made), texts(limits))
+                made, limits, offline = document.get("cgroups"), document.get("limits"), document.get("offline")
+                return _Record(Process(pid, ticks), started, texts(made), texts(limits), text(offline))
             case _:
                 raise StateFormatError(f"{path} is damaged: it has no process")
 
@@ -267,7 +251,7 @@ class ContainerEngine:
         if not locks.is_held(self._layout.live(name) / "keeper.lock"):
             log.debug("the keeper of machine '%s' is gone: starting a new one", name)
             ensure(self._layout)
-            self._start_keeper(machine, find_agent(self._layout), pid=record.process.pid)
+            start_keeper(machine, find_agent(self._layout), ["--pid", str(record.process.pid)])
 
     def _restart_agent(self, machine: Machine, record: _Record) -> None:
         """Start `agent serve` in the living container, from our own copy of the binary, with a new socket."""
@@ -280,6 +264,17 @@ class ContainerEngine:
             path = self._layout.agent_socket(machine.config.name)
             with AgentClient(connect(path, timeout_s=_KILL_S), timeout_s=_KILL_S) as client:
                 client.status()
+
+    def write_changes(
+        self, machine: Machine, out: IO[bytes], *, exclude: Collection[str], live: bool, progress: Progress
+    ) -> None:
+        from berth.engine.crun import changes  # what a boot need not wait for
+
+        still = contextlib.nullcontext() if live or self.find(machine) == STOPPED else changes.frozen(machine.config)
+        with still:
+            progress.step(f"reading {machine.config.name}")
+            changes.write_changes(machine, out, exclude=exclude)
+        out.seek(0)
 
     # Ending -------------------------------------------------------------------------------------------------------
 

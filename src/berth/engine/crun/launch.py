@@ -14,11 +14,12 @@ import json
 import os
 from pathlib import Path
 
-from berth import inside, syscalls, userns
+from berth import inside, syscalls
 from berth.engine.crun import cgroups
 from berth.engine.crun.launchplan import PLAIN, Bind, LaunchPlan
 from berth.engine.crun.spec import AGENT_FD
 from berth.errors import BerthError
+from berth.idmapped import open_userns
 from berth.net.attach import attach_inside
 from berth.proc import run, start_time
 from berth.rooted import open_inside
@@ -136,29 +137,6 @@ def _open_bind(bind: Bind, idmap: int | None) -> int:
             hint="keep it out with --home-mount none (or without that --mount), or run berth as an ordinary user",
         ) from error
     return tree
-
-
-def open_userns(idmap: list[list[list[int]]]) -> int:
-    """Make a user namespace only for its id map, which idmapped mounts are told by; return its descriptor."""
-    ready, go = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            syscalls.unshare(syscalls.CLONE_NEWUSER)
-            os.write(ready[1], b".")
-            os.close(go[1])
-            os.read(go[0], 1)
-        finally:
-            os._exit(0)
-    os.close(ready[1])
-    os.read(ready[0], 1)
-    for kind, extents in zip(("uid", "gid"), idmap, strict=True):
-        userns.write_map(str(child), kind, [userns.Extent(*extent) for extent in extents])
-    fd = os.open(f"/proc/{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-    for end in (go[0], go[1], ready[0]):
-        os.close(end)
-    os.waitpid(child, 0)
-    return fd
 
 
 def _create(plan: LaunchPlan, listener: int) -> int:

@@ -89,11 +89,6 @@ def require_qemu(arch: str) -> Path:
     return require_program(qemu_program(arch), package=_PACKAGES[arch])
 
 
-def qemu_version(arch: str) -> str | None:
-    """Ask QEMU for its version (0.05 s); None where it says none. Raises UnsupportedError when it is not installed."""
-    return tool_version((str(require_qemu(arch)), "--version"))
-
-
 def _emulated(reason: str, hint: str | None = None) -> Accelerator:
     return Accelerator("tcg", reason, hint, nested=False, nested_reason="VMs are emulated in software here")
 

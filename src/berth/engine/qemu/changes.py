@@ -1,6 +1,6 @@
 """What a VM machine has changed on its disk, as a layer: read by a small VM of berth's own, the *reader*. Layer 3.
 
-`commit` has `write_changes` called. The disk is a file system that a guest may have made, so no program of the host
+`engine` calls `write_changes`. The disk is a file system that a guest may have made, so no program of the host
 reads it: QEMU shows a copy of it to a kernel, with the template that it was made on, and the agent writes the
 differences to a third disk (guest/internal/layer). Nothing of the machine runs; its own disk is only copied.
 
@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import secrets
 import select
 import time
@@ -33,6 +32,7 @@ from berth.engine.qemu import disks
 from berth.engine.qemu.accel import Accelerator
 from berth.engine.qemu.launch import arch_of, as_nobody, has_qboot, initial_ramfs, opened, qemu_owner
 from berth.engine.qemu.plan import Disk, Reader, kernel_command_line, reader_command
+from berth.engine.running import ESCAPES
 from berth.errors import BerthError, DeadlineError
 from berth.kernels.model import Kernel
 from berth.layout import Layout
@@ -48,7 +48,6 @@ _SIGN = b"berth: reading the changes"  # on the console: it has booted
 _BOOT_S = {"kvm": 20.0, "tcg": 120.0}
 _READ_S = 3600.0
 _KEPT = 4096  # bytes of the console
-_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x20-\x7e\n]")  # nothing of a guest's reaches a terminal as it is
 # Its QEMU ends with us, however we end.
 _WITH_US = ("--pdeathsig", "KILL")
 
@@ -162,7 +161,7 @@ def _run(argv: list[str], fds: Sequence[int], boot_s: float) -> str:
             last = _read_on(said, first)
         finally:
             process.kill()
-    return _ESCAPES.sub("", last.decode(errors="replace")).strip()
+    return ESCAPES.sub("", last.decode(errors="replace")).strip()
 
 
 def _read_on(fd: int, said: bytes) -> bytes:
@@ -197,7 +196,7 @@ def _verdict(machine: Machine, out: IO[bytes], console: str) -> Changes:
         document = None
     match document:
         case {"error": str(error)}:
-            raise BerthError(f"{where}: {_ESCAPES.sub('', error)[:300]}", hint=_room(out))
+            raise BerthError(f"{where}: {ESCAPES.sub('', error)[:300]}", hint=_room(out))
         case {"size": int(size), "leftOut": int(left_out)} if 0 < size <= os.fstat(out.fileno()).st_size - _HEAD:
             out.truncate(_HEAD + size)
             return Changes(_HEAD, size, left_out)

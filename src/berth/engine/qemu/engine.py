@@ -8,21 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, cast
 
 from berth import files
+from berth.agent import connect
 from berth.config import BootConfig
 from berth.engine.base import STOPPED, Liveness, Machine
 from berth.engine.qemu import disks, sizes, templates
 from berth.engine.qemu.accel import Accelerator, probe, require_qemu
-from berth.engine.qemu.changes import Changes, Setting, write_changes
 from berth.engine.qemu.launch import launch, start_keeper
 from berth.engine.qemu.monitor import Monitor
-from berth.engine.running import Process, answers, await_agent, boot_error, end_keeper, keeper_pid, listening, texts
-from berth.engine.unpacking import Ahead
+from berth.engine.running import (
+    Process,
+    answers,
+    await_agent,
+    boot_error,
+    end_keeper,
+    keeper_pid,
+    listening,
+    text,
+    texts,
+)
+from berth.engine.unpacking import Ahead, Layers
 from berth.errors import (
     BerthError,
     BootError,
@@ -44,6 +54,7 @@ from berth.units import utc_now
 _READY_S = {"kvm": 20.0, "tcg": 120.0}  # emulation on a busy machine is slow, and no sign of trouble
 _KILL_S = 10.0
 _MONITOR_S = 2.0
+_FREEZE_S = 10.0
 _SCHEMA = 1
 # What is in a machine's runtime directory only while it runs.
 _TRANSIENT = (
@@ -61,6 +72,7 @@ class _Record:
     kernel: str
     servers: tuple[tuple[str, Process], ...]
     limits: tuple[str, ...]
+    offline: str | None = None
 
 
 class VmEngine:
@@ -84,9 +96,7 @@ class VmEngine:
         made = disks.find_disk(machine.bundle) is not None
         return made or disks.has_template(self._layout, machine.config.image_digest, machine.boot.disk)
 
-    def make_template(
-        self, machine: Machine, layers: Sequence[tuple[int, str]], progress: Progress, ahead: Ahead | None = None
-    ) -> None:
+    def make_template(self, machine: Machine, layers: Layers, progress: Progress, ahead: Ahead | None = None) -> None:
         disks.make_template(self._layout, machine.config.image_digest, layers, machine.boot.disk, progress, ahead)
 
     def sweep_templates(self) -> None:
@@ -143,7 +153,7 @@ class VmEngine:
             record = {
                 **launched.process.to_json(), "started": utc_now(), "kernel": kernel.version,
                 "servers": [{"target": target, **server.to_json()} for target, server in launched.servers],
-                "limits": list(launched.notes),
+                "limits": list(launched.notes), "offline": launched.offline,
             }  # fmt: skip
             files.save_json(live / "vm.json", record, schema=_SCHEMA)
             if launched.bridged:
@@ -163,20 +173,29 @@ class VmEngine:
         out: IO[bytes],
         *,
         exclude: Collection[str],
-        still: AbstractContextManager[None],
+        live: bool,  # noqa: ARG002 (what would be torn are the tables of the disk itself)
         progress: Progress,
-    ) -> Changes:
-        """Write what the machine has changed since its image as a layer; see `changes.write_changes`.
+    ) -> None:
+        # Here, because a boot need not wait for them.
+        from berth.engine.qemu.changes import Setting, write_changes
+        from berth.engine.qemu.freezing import frozen
+        from berth.oci.hostile import check_layer
 
-        Raises InvalidStateError for one that is paused: nothing in it can answer.
-        """
+        name, excluded = machine.config.name, [*exclude, "lost+found"]
+        is_running = self.find(machine) != STOPPED
         reason = self._why_paused(machine)
-        if reason is not None and self.find(machine).state != "stopped":
-            raise InvalidStateError(f"machine '{machine.config.name}' is paused: {reason}")
+        if reason is not None and is_running:  # nothing in it can answer
+            raise InvalidStateError(f"machine '{name}' is paused: {reason}")
         arch = machine.config.platform.split("/")[1]
         require_qemu(arch)
         setting = Setting(machine, self._kernel(machine, arch, progress), probe(self._layout, arch), self._layout)
-        return write_changes(setting, out, exclude=exclude, still=still)
+        progress.step(f"reading {name}")
+        path = self._layout.agent_socket(name)
+        still = frozen(lambda: connect(path, timeout_s=_FREEZE_S), name) if is_running else contextlib.nullcontext()
+        found = write_changes(setting, out, exclude=excluded, still=still)
+        paths = [os.fsencode(path) for path in excluded]
+        check_layer(out.fileno(), start=found.start, size=found.size, exclude=paths, where="the new layer")
+        out.seek(found.start)
 
     # Looking ------------------------------------------------------------------------------------------------------
 
@@ -190,7 +209,7 @@ class VmEngine:
         return Liveness(
             "running" if well else "broken",
             vmm_pid=record.process.pid, keeper_pid=keeper, kernel=record.kernel, started=record.started,
-            limits=record.limits, problems=self._problems(machine, record),
+            limits=record.limits, offline=record.offline, problems=self._problems(machine, record),
         )  # fmt: skip
 
     def _problems(self, machine: Machine, record: _Record) -> tuple[str, ...]:
@@ -227,6 +246,7 @@ class VmEngine:
             str(document.get("kernel")),
             tuple((target, server) for target, server in found if server is not None),
             texts(document.get("limits")),
+            text(document.get("offline")),
         )
 
     def repair(self, machine: Machine) -> None:

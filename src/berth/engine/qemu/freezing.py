@@ -1,4 +1,4 @@
-"""Let the root file system of a running VM stand still while its disk is copied. Layer 3; `commit` calls it.
+"""Let the root file system of a running VM stand still while its disk is copied. Layer 3; `engine` calls it.
 
 The guest agent does it: a command of its own, `freeze`, writes what is in memory and freezes for as long as its stdin
 is open, five minutes at most. Whoever is killed on the way (we, the keeper, the command), the guest goes on: see

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from berth import host, userns
 from berth.agentbinary import find_agent
+from berth.engine import running
 from berth.engine.base import Machine
 from berth.engine.qemu import disks, shares
 from berth.engine.qemu.accel import Accelerator
@@ -38,13 +39,14 @@ _FIRMWARE = ("/usr/share/qemu", "/usr/share/qboot", "/usr/local/share/qemu")
 class Launched:
     """A VM that has been started. servers: of folders, by their place in it. notes: what it lacks, in words.
 
-    bridged: it hangs on the bridge of all machines, by a TAP that QEMU holds.
+    bridged: it hangs on the bridge of all machines, by a TAP that QEMU holds. offline: why it has no internet.
     """
 
     process: Process
     bridged: bool
     servers: tuple[tuple[str, Process], ...]
     notes: tuple[str, ...]
+    offline: str | None
 
 
 def launch(machine: Machine, kernel: Kernel, accelerator: Accelerator, layout: Layout) -> Launched:
@@ -94,7 +96,7 @@ def launch(machine: Machine, kernel: Kernel, accelerator: Accelerator, layout: L
         process = _start_qemu(vm, live, owner, accelerator)
         undo.pop_all()
     found = tuple((server.spec.target, server.process) for server in servers)
-    return Launched(process, wire.nic.kind == "tap", found, wire.notes)
+    return Launched(process, wire.nic.kind == "tap", found, wire.notes, wire.offline)
 
 
 def start_keeper(machine: Machine, layout: Layout, agent_socket: socket.socket, *, boot: bool) -> None:
@@ -102,17 +104,9 @@ def start_keeper(machine: Machine, layout: Layout, agent_socket: socket.socket, 
 
     boot: the machine is being started, not only its keeper.
     """
-    machine.bundle.logs.mkdir(mode=0o700, exist_ok=True)
     fd = agent_socket.fileno()
-    argv = [
-        str(find_agent(layout)), "keeper", "--vm", "--dir", str(layout.live(machine.config.name)),
-        "--log", str(machine.bundle.console_log), "--agent-fd", str(fd), "--disk-dir", str(machine.bundle.vm),
-    ]  # fmt: skip
-    argv += [] if boot else ["--again"]
-    if os.geteuid() != 0 and machine.address.loopback:
-        argv += ["--forward", machine.address.loopback]
-    keeper = spawn(argv, pass_fds=[fd], new_session=True)
-    keeper.returncode = 0  # it outlives us; not ours to wait for
+    words = ["--vm", "--agent-fd", str(fd), "--disk-dir", str(machine.bundle.vm), *([] if boot else ["--again"])]
+    running.start_keeper(machine, find_agent(layout), words, pass_fds=[fd])
 
 
 def qemu_owner() -> int | None:

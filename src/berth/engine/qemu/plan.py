@@ -43,12 +43,10 @@ class Disk:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Share:
-    """A folder of the host. fd: a connected vhost-user socket (`virtiofs`) or an open directory (`9p`)."""
+    """A folder of the host. fd: a socket that is connected to its server (vhost-user)."""
 
     tag: str
     fd: int
-    kind: Literal["virtiofs", "9p"] = "virtiofs"
-    read_only: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -386,14 +384,6 @@ def _shares(vm: Vm) -> tuple[str, ...]:
 
 
 def _share(share: Share, node: str, place: str) -> tuple[str, ...]:
-    if share.kind == "9p":
-        # For hosts without virtiofsd: QEMU serves the folder itself, with its own user's rights.
-        path, mode = f"/proc/self/fd/{share.fd}", "on" if share.read_only else "off"
-        device = _pci("virtio-9p-pci", f"{node}-device", place, f"fsdev={node}", f"mount_tag={share.tag}")
-        return (
-            "-fsdev", f"local,id={node},path={path},security_model=none,multidevs=remap,readonly={mode}",
-            "-device", f"{device},multifunction=on",
-        )  # fmt: skip
     # Whether it is read-only is virtiofsd's to hold. The device has no old interface to switch off.
     device = f"vhost-user-fs-pci,id={node}-device,addr={place},multifunction=on"
     return (

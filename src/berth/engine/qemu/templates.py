@@ -14,13 +14,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from pathlib import Path
 from typing import cast
 
 from berth import files, locks, trees, userns
 from berth.engine.qemu.sizes import disk_size, template_size
-from berth.engine.unpacking import Ahead, give, unpack
+from berth.engine.unpacking import Ahead, Layers, find_unpacked, give, unpack
 from berth.errors import BerthError, BusyError
 from berth.host import compare_version, tool_version
 from berth.layout import Layout
@@ -93,7 +93,7 @@ def template_uuid(path: Path) -> str:
 
 
 def make_template(
-    layout: Layout, digest: str, layers: Sequence[tuple[int, str]], disk: int | None, progress: Progress,
+    layout: Layout, digest: str, layers: Layers, disk: int | None, progress: Progress,
     ahead: Ahead | None = None,
 ) -> None:  # fmt: skip
     """Make a template for disks of `disk` bytes from `layers` (open blob descriptor, media type; bottom first).
@@ -180,16 +180,15 @@ def _build(layout: Layout, digest: str, path: Path, tree: int, disk: int | None,
 
 @contextlib.contextmanager
 def _unpacked(
-    layout: Layout, digest: str, partial: Path, layers: Sequence[tuple[int, str]], progress: Progress,
+    layout: Layout, digest: str, partial: Path, layers: Layers, progress: Progress,
     ahead: Ahead | None,
 ) -> Generator[int]:  # fmt: skip
     """Open the image's files: those that the container engine keeps, or unpacked into `partial`."""
-    container = layout.template(digest)  # of engine/crun: whole when its template.json is there; ours to read only
-    is_there = (container / "template.json").exists()
-    if not is_there:
+    kept = find_unpacked(layout, digest)
+    if kept is None:
         unpack(partial, digest, layers, progress, ahead)
     # O_PATH: the image may have closed its root to all but an owner of its own, and it is read in the namespace only.
-    tree = os.open((container if is_there else partial) / "rootfs", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    tree = os.open(kept or partial / "rootfs", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         yield tree
     finally:

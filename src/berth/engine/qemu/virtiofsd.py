@@ -54,11 +54,9 @@ def require_virtiofsd() -> Virtiofsd:
     """Find a virtiofsd. Raises UnsupportedError, which says how to get one."""
     found = find_virtiofsd()
     if found is None:
-        # Debian 12 and Ubuntu 22.04 have it in QEMU's own package.
         raise UnsupportedError(
             "virtiofsd is not installed: VMs can't see folders of the host",
-            hint="sudo apt-get install virtiofsd || sudo apt-get install qemu-system-common "
-            "(or do without: --home-mount none)",
+            hint="berth system check says how to get it here (or do without: --home-mount none)",
         )
     return found
 

@@ -24,11 +24,12 @@ _TUN = "/dev/net/tun"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Wire:
-    """How a VM hangs on the network. resolv_conf: the machine's. notes: what is missing, in words."""
+    """How a VM hangs on the network. resolv_conf: the machine's. notes, offline: as `Network` has them."""
 
     nic: Nic
     resolv_conf: str
     notes: tuple[str, ...]
+    offline: str | None = None
 
 
 @contextlib.contextmanager
@@ -54,7 +55,7 @@ def _bridged(machine: Machine, stack: contextlib.ExitStack) -> Wire:
     tap = open_tap(network, address)
     stack.callback(os.close, tap)
     publish(layout, machine.config.name, address)
-    return Wire(Nic(address.mac, "tap", tap), network.resolv_conf, network.notes)
+    return Wire(Nic(address.mac, "tap", tap), network.resolv_conf, network.notes, network.offline)
 
 
 def _alone(machine: Machine, folder: Path, why: str, stack: contextlib.ExitStack) -> Wire:

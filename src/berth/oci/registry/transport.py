@@ -159,12 +159,7 @@ class Transport:
     def _talk(self, place: Place, connection: _Connection, request: Request) -> Response:
         guard = Guard(self._watchdog, connection.sock)
         guard.give(DOCUMENT_S if request.document else SILENCE_S)
-        headers = {
-            "User-Agent": f"berth/{VERSION}",
-            "Accept-Encoding": "identity",
-            **request.headers,
-            **connection.proxy_headers(),
-        }
+        headers = {**_HEADERS, **request.headers, **connection.proxy_headers()}
         body = None
         if request.body is not None:
             headers["Content-Length"] = str(request.length)
