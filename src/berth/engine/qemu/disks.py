@@ -25,7 +25,6 @@ import fcntl
 import json
 import os
 import stat
-import tempfile
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -205,6 +204,8 @@ def copied_disk(bundle: Bundle, *, owner: int | None = None) -> Generator[OpenDi
 
     Raises BerthError when there is no room for the copy.
     """
+    import tempfile  # costs every other command that looks at a VM 2 ms
+
     disk = find_disk(bundle)
     if disk is None:
         raise NotFoundError(f"machine '{bundle.name}' has no disk", hint=f"berth start {bundle.name}")
