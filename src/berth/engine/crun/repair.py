@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import time
 
 from berth import inside, syscalls
 from berth.engine.crun.spec import AGENT_FD
@@ -50,8 +52,21 @@ def _sealed(path: str) -> int:
         while os.sendfile(copy, file.fileno(), None, 1 << 30):
             pass
     os.fchmod(copy, 0o555)
-    fcntl.fcntl(copy, fcntl.F_ADD_SEALS, _SEALS)
+    _seal(copy)
     return copy
+
+
+def _seal(fd: int) -> None:
+    # On a busy host the kernel may hold on to pages just written for a moment: EBUSY. Source: F_SEAL_WRITE in fcntl(2).
+    for pause in (0.01, 0.1, 0.5, None):
+        try:
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        except OSError as error:
+            if error.errno != errno.EBUSY or pause is None:
+                raise
+            time.sleep(pause)
+        else:
+            return
 
 
 def _become_agent(program: int, socket: int, tell: int) -> None:
