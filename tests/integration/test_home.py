@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -30,6 +31,25 @@ def test_what_the_host_changes_is_seen_at_once(person: Person, debian: str, proj
         assert said.splitlines()[: number + 1] == [str(number)] * (number + 1)
         assert f"file-{number - 1}" in said or number == 0
         (project / f"file-{number}").touch()
+
+
+def test_what_runs_sees_what_the_host_changes(person: Person, debian: str, project: Path) -> None:
+    """As an editor on the host saves, by writing and by renaming, while a server in the machine reads the file."""
+    (project / "page").write_text("begin\n")
+    script = 'while read word < page; do [ "$word" = "$last" ] || echo "$word"; last=$word; sleep 0.05; done'
+    process = person.popen("run", "-n", debian, "-w", str(project), "--", "sh", "-c", script)
+    assert process.stdout
+    with process:
+        assert process.stdout.readline() == b"begin\n"
+        for number in range(6):
+            target = project / ("page" if number % 2 else "page.new")
+            with target.open("r+" if target.exists() else "w") as file:  # not emptied: an empty file ends the loop
+                file.write(f"{number:05}\n")
+            target.replace(project / "page")
+            began = time.monotonic()
+            assert process.stdout.readline() == b"%05d\n" % number
+            assert time.monotonic() - began < 5
+        process.kill()
 
 
 def test_the_machines_root_owns_nothing_on_the_host(person: Person, debian: str, project: Path) -> None:
