@@ -73,8 +73,8 @@ def run_session(
     stdin_fd into raw mode and tell the guest its size, now and when it changes; `request.tty` is then to be set.
     A detached request returns 0 as soon as the command runs.
 
-    Signals are the command's while it runs. A second SIGTERM, and in a terminal SIGHUP, end us: the agent hangs up on
-    the command when the connection goes, and 128 + N is returned.
+    Signals are the command's while it runs. A second SIGTERM, and in a terminal SIGHUP or the terminal's own end, end
+    us: the agent hangs up on the command when the connection goes, and 128 + N is returned.
 
     Raises StartError, OutputError (after the command has ended), AgentError (code ``lost``; ``unheard`` when the
     connection ended before anybody saw the request), DeadlineError when the agent never greets, ProtocolError.
@@ -335,6 +335,8 @@ class _Session:
         if self._source is None or not self._may_read():
             return
         data = self._source.take(min(MAX_DATA, self._connection.credit(self._stream, STDIN)))
+        if not data and self._raw is not None and self._raw.is_raw:
+            raise _Hangup(128 + number_of("HUP"))  # a raw terminal has no other end; a Ctrl-D would end a shell in it
         if not data:
             self._watch(self._source.fd, 0, self._read)
             self._source = None

@@ -53,6 +53,11 @@ class RawMode:
         self.suspend()
         self._cooked = None
 
+    @property
+    def is_raw(self) -> bool:
+        """Say whether there is a terminal, in raw mode while the block runs."""
+        return self._cooked is not None
+
     def resume(self) -> None:
         """Enter raw mode. Source: cfmakeraw in termios(3)."""
         if self._cooked is None:

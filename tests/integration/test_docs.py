@@ -41,6 +41,8 @@ _ELSEWHERE = {
     "berth create 'bootstrap:": "half a minute of mmdebstrap; test_images.py",
     "berth create rootfs:./alpine-aarch64": "an emulated VM of another architecture; test_vm.py",
     "berth login ghcr.io": "asks for a password of a registry out in the world; test_registry.py",
+    "cd ~/berth": "berth's sources, which the stranger has not",
+    "berth run -n lab": "installs from the Python package index and compiles; tried by hand, in both isolations",
     "berth system autostart enable": "needs a login's systemd; test_services.py",
 }
 

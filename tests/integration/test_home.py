@@ -32,6 +32,23 @@ def test_what_the_host_changes_is_seen_at_once(person: Person, debian: str, proj
         (project / f"file-{number}").touch()
 
 
+def test_what_runs_sees_what_the_host_changes(person: Person, debian: str, project: Path) -> None:
+    """As an editor on the host saves, by writing and by renaming, while a server in the machine reads the file."""
+    (project / "page").write_text("begin\n")
+    script = 'while read word < page; do [ "$word" = "$last" ] || echo "$word"; last=$word; sleep 0.05; done'
+    process = person.popen("run", "-n", debian, "-w", str(project), "--", "sh", "-c", script)
+    assert process.stdout
+    with process:
+        assert process.stdout.readline() == b"begin\n"
+        for number in range(6):
+            target = project / ("page" if number % 2 else "page.new")
+            with target.open("r+" if target.exists() else "w") as file:  # not emptied: an empty file ends the loop
+                file.write(f"{number:05}\n")
+            target.replace(project / "page")
+            assert process.stdout.readline() == b"%05d\n" % number
+        process.kill()
+
+
 def test_the_machines_root_owns_nothing_on_the_host(person: Person, debian: str, project: Path) -> None:
     if person.is_root:
         pytest.skip("needs an ordinary user: host root's home is the machine root's, by design")

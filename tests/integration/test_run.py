@@ -198,11 +198,12 @@ def test_fifty_at_once(person: Person, debian: str) -> None:
 class Terminal:
     """A pseudo-terminal with berth on its other side."""
 
-    def __init__(self, person: Person, *words: str) -> None:
+    def __init__(self, person: Person, *words: str, is_controlling: bool = True) -> None:
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 99, 0, 0))
         # setsid -c: the terminal becomes the controlling one, as a terminal emulator does it.
-        argv = ["setsid", "-c", "-w", *person.command([*person.program, *words], {}, None)]
+        leader = ["setsid", "-c", "-w"] if is_controlling else []
+        argv = [*leader, *person.command([*person.program, *words], {}, None)]
         self.process = subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave)
         os.close(slave)
         self.seen = b""
@@ -271,6 +272,17 @@ def test_the_end_of_input_ends_a_shell(person: Person, debian: str) -> None:
     terminal.expect(b"here-42")
     terminal.send(b"\x04")
     assert terminal.close() == 0
+
+
+def test_a_closed_terminal_types_nothing(person: Person, debian: str) -> None:
+    """Not the Ctrl-D that would end a shell in the machine's tmux. berth gets no SIGHUP here; it may come late."""
+    typed = "/var/tmp/typed"
+    words = ("run", "-n", debian, "--", "sh", "-c", f"echo ready; cat; touch {typed}")
+    terminal = Terminal(person, *words, is_controlling=False)
+    terminal.expect(b"ready")
+    os.close(terminal.master)
+    assert terminal.process.wait(timeout=30) == 128 + signal.SIGHUP
+    assert person.try_berth("run", "-n", debian, "--", "test", "-e", typed).status == 1
 
 
 def test_a_pipe_is_no_terminal(person: Person, debian: str) -> None:

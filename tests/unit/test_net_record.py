@@ -124,7 +124,10 @@ def test_send_reaches_the_process(sleeper: subprocess.Popen[bytes]) -> None:
 
 def test_programs_are_found_by_name_and_argument(tmp_path: Path) -> None:
     mark = f"--pid-file={tmp_path}"
-    with subprocess.Popen(["sh", "-c", "read -r line", mark], stdin=subprocess.PIPE) as process:
+    argv = ["sh", "-c", "echo ready; read -r line", mark]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()  # before it runs, its arguments may not be there yet
         assert [found.pid for found in find_programs("sh", mark)] == [process.pid]
         assert find_programs("dnsmasq", mark) == []
         assert find_programs("sh", mark[:-1]) == []

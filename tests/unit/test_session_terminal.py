@@ -291,6 +291,32 @@ def test_a_terminal_that_hangs_up_ends_us() -> None:
         assert mode(slave) == before
 
 
+def test_a_closed_terminal_types_nothing() -> None:
+    """Where no SIGHUP comes, or it comes later: an end of file would be a Ctrl-D to what runs, and end a shell."""
+    master, slave = pty.openpty()
+
+    def story(peer: Peer) -> None:
+        start_in_terminal(peer, master)
+        os.close(master)
+        assert peer.is_left()
+
+    assert run_in(slave, story) == 129
+    os.close(slave)
+
+
+def test_what_is_piped_into_a_terminal_ends() -> None:
+    reader, writer = os.pipe()
+    os.close(writer)
+
+    def story(peer: Peer) -> None:
+        start(peer)
+        peer.finish(Exit(code=0))
+
+    with played(story) as sock:
+        assert run_session(sock, TTY, stdin_fd=reader, stdout_fd=1, stderr_fd=2, tty=True) == 0
+    os.close(reader)
+
+
 def test_after_a_stop_the_terminal_is_raw_again() -> None:
     with terminal() as (master, slave):
         before = mode(slave)

@@ -130,17 +130,26 @@ func (a *Agent) accept(listener *wire.Listener) {
 	}
 }
 
-// forward carries one client; without a keeper it is closed at once, which ssh takes for an agent without keys.
+// forward carries one client; without a keeper, or an agent on the host, its request finds the end.
 func (a *Agent) forward(client *wire.Socket) {
 	defer func() { <-a.slots }()
 	defer client.Close()
 	stream, err := a.open(wire.Open{Type: wire.TypeOpen, Service: "ssh-agent"})
 	if err != nil {
+		awaitRequest(client)
 		return
 	}
 	message, err := stream.ReadMessage(startTimeout)
 	if err == nil && message.Type == wire.TypeStarted {
 		wire.Relay(stream, wire.Stdin, wire.Stdout, client)
+	} else {
+		awaitRequest(client)
 	}
 	_ = stream.Finish(wire.Plain{Type: wire.TypeClosed}) // in vain when the keeper has said it already
+}
+
+// awaitRequest reads what the client asks: were the socket closed before, ssh-add would die of SIGPIPE without a word.
+func awaitRequest(client *wire.Socket) {
+	_ = client.SetReadDeadline(time.Now().Add(startTimeout))
+	_, _ = client.Read(make([]byte, 4096))
 }

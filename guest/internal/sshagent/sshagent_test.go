@@ -87,7 +87,16 @@ func TestWithoutKeeper(t *testing.T) {
 	if err := agent.Check(); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := io.ReadAll(dial(t, path)); err != nil || len(got) != 0 {
+	client := dial(t, path)
+	_ = client.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+	if _, err := client.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatal("hung up on before it asked:", err)
+	}
+	_ = client.SetReadDeadline(time.Now().Add(10 * time.Second))
+	if _, err := client.Write([]byte("request")); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := io.ReadAll(client); err != nil || len(got) != 0 {
 		t.Fatalf("%q %v", got, err)
 	}
 }
