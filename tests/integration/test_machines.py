@@ -234,3 +234,20 @@ def test_state_files_are_private(person: Person, debian: str) -> None:
     del debian
     for root in (person.layout.data, person.layout.runtime):
         assert os.stat(root).st_mode & 0o077 == 0
+
+
+@pytest.mark.container("a VM's processes are its kernel's own")
+@pytest.mark.parametrize("last_words", [("rm", "-f"), ("stop", "-t", "0")], ids=["rm", "stop"])
+def test_no_control_group_stays(person: Person, machine: Callable[..., str], last_words: tuple[str, ...]) -> None:
+    name = machine()
+    for _ in range(2):
+        # Many processes, deep down: they take a while to be gone.
+        person.berth("run", "-n", name, "--root", "--", "sh", "-c", "for i in $(seq 50); do setsid sleep 1000 & done")
+        record = json.loads((person.layout.live(name) / "container.json").read_text())  # type: ignore[arg-type]
+        groups = [Path(str(path)) for path in record["cgroups"]]
+        assert all(path.is_dir() for path in groups)
+        person.berth(last_words[0], name, *last_words[1:])
+        assert not [path for path in groups if path.exists()]
+        if last_words[0] == "rm":
+            break
+        person.berth("start", name)

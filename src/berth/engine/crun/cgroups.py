@@ -20,6 +20,7 @@ _V2_ROOT = Path("/sys/fs/cgroup")
 _DELEGATED = ("cgroup.procs", "cgroup.threads", "cgroup.subtree_control")
 _PERIOD_US = 100_000
 TASKS_MAX = 16384
+_LEAVE_S = 2.0  # killed processes take a moment to leave their groups, on a busy host longer, and nothing tells of it
 _V1 = ("memory", "cpu", "pids")
 
 
@@ -215,6 +216,16 @@ def give(directory: str, uid: int) -> None:
         os.chown(os.path.join(payload, name), uid, uid)
 
 
+def _is_removed(path: str) -> bool:
+    try:
+        os.rmdir(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
 def kill_all(directories: Sequence[str]) -> None:
     """Kill every process in these cgroups and below; nobody waits for them here, `remove` does for a moment."""
     for top in directories:
@@ -226,17 +237,12 @@ def kill_all(directories: Sequence[str]) -> None:
 
 
 def remove(directories: list[str]) -> None:
-    """Remove cgroup directories, from the leaves up; what is still in use, or gone, is left as it is."""
+    """Remove cgroup directories, from the leaves up; what stays in use, or is gone, is left as it is."""
+    deadline = time.monotonic() + _LEAVE_S
     for top in directories:
         for path, _, _ in os.walk(top, topdown=False):
-            for _ in range(20):
-                with contextlib.suppress(FileNotFoundError):
-                    try:
-                        os.rmdir(path)
-                    except OSError:
-                        time.sleep(0.005)  # a killed process may take a moment to leave, and nothing tells of it
-                        continue
-                break
+            while not _is_removed(path) and time.monotonic() < deadline:
+                time.sleep(0.005)
         parent = os.path.dirname(top)
         if os.path.basename(parent) == "berth":
             with contextlib.suppress(OSError):
