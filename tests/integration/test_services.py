@@ -25,6 +25,7 @@ def test_nginx_and_postgresql(person: Person, debian: str) -> None:
 
 
 @pytest.mark.vm
+@pytest.mark.only("user-vm")  # emulated, it takes a minute and a half: once is enough
 @pytest.mark.timeout(600)
 def test_nginx(person: Person, debian: str) -> None:
     need("mirror")
