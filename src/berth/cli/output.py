@@ -56,7 +56,8 @@ def columns(otherwise: int = 80) -> int:
     What shutil.get_terminal_size does, but for stderr as well; importing shutil costs each command 2 ms.
     """
     with contextlib.suppress(KeyError, ValueError):
-        return int(os.environ["COLUMNS"]) or otherwise
+        if (said := int(os.environ["COLUMNS"])) > 0:
+            return said
     for fd in (1, 2):
         with contextlib.suppress(OSError):
             return os.get_terminal_size(fd).columns or otherwise
