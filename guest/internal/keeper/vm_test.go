@@ -76,6 +76,22 @@ func (m *machine) accept(name string) (*wire.Socket, error) {
 	return socket, err
 }
 
+// channel takes the keeper's connection to the serial port, and its line of synchronisation, which wants its echo.
+func (m *machine) channel() (*wire.Socket, []byte) {
+	m.t.Helper()
+	socket, err := m.accept(qemuChannel)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	_ = socket.SetReadDeadline(time.Now().Add(soon))
+	line := make([]byte, len("\nberth-channel 1 \n")+32)
+	if _, err := io.ReadFull(socket, line); err != nil {
+		m.t.Fatal(err)
+	}
+	_ = socket.SetReadDeadline(time.Time{})
+	return socket, line
+}
+
 func (m *machine) keep(it io.Closer) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -344,14 +360,7 @@ func TestVMPortClosesBeforeTheGreeting(t *testing.T) {
 	m.keeper(nil)
 	monitor := greetMonitor(t, m)
 	monitor.waitCommand("query-status")
-	socket, err := m.accept(qemuChannel)
-	if err != nil {
-		t.Fatal(err)
-	}
-	line := make([]byte, len("\nberth-channel 1 \n")+32)
-	if _, err := io.ReadFull(socket, line); err != nil {
-		t.Fatal(err)
-	}
+	socket, line := m.channel()
 	_, _ = socket.Write(line)
 	if _, err := socket.Read(line); err != nil { // its hello: it waits for ours
 		t.Fatal(err)
@@ -642,16 +651,8 @@ func TestVMHostileAgent(t *testing.T) {
 		wire.AppendFrame(nil, 0, wire.KindMessage, []byte(`{"type":"hello","protocol":9}`)),
 		[]byte("\xff\xff\xff\xff\xff\xff\xff\xff\xff"),
 	} {
-		socket, err := m.accept(qemuChannel)
-		if err != nil {
-			t.Fatal(err)
-		}
-		_ = socket.SetReadDeadline(time.Now().Add(soon))
-		text := make([]byte, len("\nberth-channel 1 \n")+32)
-		if _, err := io.ReadFull(socket, text); err != nil {
-			t.Fatal(err)
-		}
-		_, _ = socket.Write(append(text, said...))
+		socket, line := m.channel()
+		_, _ = socket.Write(append(line, said...))
 		time.Sleep(5 * time.Millisecond)
 		socket.Close()
 	}
@@ -666,14 +667,7 @@ func TestVMHostileAgent(t *testing.T) {
 func TestVMAgentThatReadsNothing(t *testing.T) {
 	m := startMachine(t)
 	m.keeperWith(func(times *times) { times.begin, times.answer = 20*time.Millisecond, 20*time.Millisecond })
-	socket, err := m.accept(qemuChannel)
-	if err != nil {
-		t.Fatal(err)
-	}
-	line := make([]byte, len("\nberth-channel 1 \n")+32)
-	if _, err := io.ReadFull(socket, line); err != nil {
-		t.Fatal(err)
-	}
+	socket, line := m.channel()
 	_, _ = socket.Write(wire.AppendFrame(line, 0, wire.KindMessage, wire.Encode(wire.Hello{Type: wire.TypeHello, Protocol: 1})))
 	first := m.client()
 	for client := range slices.Values([]*wire.Socket{first, m.client(), m.client(), m.client()}) {
